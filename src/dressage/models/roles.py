@@ -1,0 +1,103 @@
+"""Roles: policy, reference, value, reward. Each is own weights, or an adapter and a head on one shared base."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dressage.models.lora import Backbone
+from dressage.tensors import position_ids
+
+
+class ScalarHead(nn.Module):
+    """A number for a hidden state: weight . h + bias, in float32."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width))
+        self.bias = nn.Parameter(torch.zeros(()))
+
+    @classmethod
+    def for_reward(cls, width: int, seed: int) -> ScalarHead:
+        """Normal with deviation 1/sqrt(d + 1), no bias to learn: pairs do not see it (Stiennon et al. 2020)."""
+        head = cls(width)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            head.weight.normal_(0.0, (width + 1) ** -0.5, generator=generator)
+        head.bias.requires_grad_(False)
+        return head
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., H] -> [...]."""
+        return hidden.float() @ self.weight + self.bias
+
+    def normalise(self, gain: float, bias: float) -> None:
+        """From now on scores are gain * score + bias."""
+        with torch.no_grad():
+            self.weight.mul_(gain)
+            self.bias.mul_(gain).add_(bias)
+
+
+@dataclass(frozen=True)
+class Role:
+    """Somebody who reads tokens: which weights, which adapter, which head, after how many layers."""
+
+    backbone: Backbone
+    adapter: str | None = None  # None: the backbone's own weights
+    head: ScalarHead | None = None
+    depth: int | None = None  # None: all layers and the final norm
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What this role learns, by name."""
+        body = (
+            {name: p for name, p in self.backbone.model.named_parameters() if p.requires_grad}
+            if self.adapter is None
+            else dict(self.backbone.adapter_state(self.adapter))
+        )
+        head = {} if self.head is None else {f"head.{n}": p for n, p in self.head.named_parameters() if p.requires_grad}
+        return body | head
+
+    @contextmanager
+    def speaking(self) -> Iterator[None]:
+        """Within, the backbone's model is this role."""
+        with self.backbone.using(self.adapter):
+            yield
+
+    def hidden(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
+        """Hidden states [B, T, H]; padding may stand on either side."""
+        inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": attention_mask.long(), "use_cache": False}
+        if _takes_positions(self.backbone.decoder):
+            inputs["position_ids"] = position_ids(attention_mask)
+        with self.speaking():
+            if self.depth is None or self.depth == self.backbone.depth:
+                return self.backbone.decoder(**inputs).last_hidden_state
+            # The layer after the last one that is read hands its input back, whatever the architecture.
+            hook = self.backbone.layers[self.depth].register_forward_pre_hook(_hand_back, with_kwargs=True)
+            try:
+                self.backbone.decoder(**inputs)
+            except _Reached as reached:
+                # Inner states are not normed: bring them to the scale a head expects.
+                return F.layer_norm(reached.hidden, reached.hidden.shape[-1:])
+            finally:
+                hook.remove()
+        raise AssertionError("the decoder did not call its layers")
+
+
+class _Reached(Exception):
+    def __init__(self, hidden: Tensor) -> None:
+        self.hidden = hidden
+
+
+def _hand_back(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
+    raise _Reached(args[0] if args else kwargs["hidden_states"])
+
+
+def _takes_positions(decoder: nn.Module) -> bool:
+    return "position_ids" in inspect.signature(decoder.forward).parameters

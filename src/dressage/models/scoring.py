@@ -1,0 +1,61 @@
+"""Tokens to scores: the one place where logits, and values with them, are shifted."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dressage.batches import Ints, Mask, PerSequence, PerToken, TokenScores
+from dressage.models.roles import Role
+from dressage.tensors import token_logprobs
+
+
+def score_tokens(
+    role: Role,
+    tokens: Ints,
+    attention_mask: Mask,
+    wanted: Mask,
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+) -> TokenScores:
+    """Log-probabilities of the wanted tokens given those before them, and values if the role has a head.
+
+    All arguments and results are [B, T]; logits exist for wanted positions only, a chunk at a time. The first token of
+    a row has nothing before it and cannot be wanted.
+    """
+    hidden, targets = _before(role.hidden(tokens, attention_mask), wanted), tokens[:, 1:][wanted[:, 1:]]
+    head = role.backbone.model.get_output_embeddings()
+    logprobs, entropies = token_logprobs(
+        hidden, head.weight, targets, temperature=temperature, bias=getattr(head, "bias", None), with_entropy=entropy
+    )
+    return TokenScores(
+        logprobs=_placed(logprobs, wanted),
+        entropy=None if entropies is None else _placed(entropies, wanted),
+        values=None if role.head is None else _placed(role.head(hidden), wanted),
+    )
+
+
+def score_values(role: Role, tokens: Ints, attention_mask: Mask, wanted: Mask) -> PerToken:
+    """V(s_t) [B, T]: the value of the state in which token t is chosen, before it is; 0 where not wanted."""
+    assert role.head is not None
+    return _placed(role.head(_before(role.hidden(tokens, attention_mask), wanted)), wanted)
+
+
+def score_sequences(role: Role, tokens: Ints, attention_mask: Mask, last: Ints) -> PerSequence:
+    """A reward model's score [B], read at index `last` [B]: the last real token, by the collator's word."""
+    assert role.head is not None
+    hidden = role.hidden(tokens, attention_mask)
+    return role.head(hidden[torch.arange(len(last), device=last.device), last])
+
+
+def _before(hidden: Tensor, wanted: Mask) -> Tensor:
+    """The states [N, H] in which the wanted tokens are chosen: those one position earlier."""
+    return hidden[:, :-1][wanted[:, 1:]]
+
+
+def _placed(values: Tensor, wanted: Mask) -> PerToken:
+    """[N] put back at the wanted positions of [B, T]."""
+    place = wanted.clone()
+    place[:, 0] = False
+    return values.new_zeros(wanted.shape).masked_scatter(place, values)
