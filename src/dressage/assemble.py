@@ -1,0 +1,239 @@
+"""Settings to objects: the only file that turns names into classes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from dressage.algorithms.catalog import Algorithm, algorithm
+from dressage.config import (
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PpoConfig,
+    RewardConfig,
+    SftConfig,
+    TrainingConfig,
+)
+from dressage.data.order import steps_per_epoch
+from dressage.data.prepare import Prepared, prepare_demonstrations, prepare_prompts, prepare_rankings, split
+from dressage.data.sources import Loaded, read_demonstrations, read_prompts, read_rankings
+from dressage.data.template import ChatTemplate
+from dressage.errors import ConfigError, DataError
+from dressage.material import path as material_path
+from dressage.models.files import load_backbone, load_head, load_reward_model, same_base, saved_model
+from dressage.models.lora import Backbone
+from dressage.models.pretrained import load_tokenizer
+from dressage.models.roles import Role, ScalarHead
+from dressage.monitor.writers import Monitor
+from dressage.rewards.learned import LearnedReward
+from dressage.rollout.engine import Engine
+from dressage.training.optimizer import Optimizer, learning_rate
+from dressage.training.update import Learner
+
+Records = Literal["demonstrations", "rankings", "prompts"]
+MATERIAL = "material:"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Encoded rows to learn from and to measure on, and a line about each source."""
+
+    train: Sequence[Any]
+    heldout: Sequence[Any]
+    notes: tuple[str, ...]
+    train_records: Sequence[Any]
+    heldout_records: Sequence[Any]
+
+
+def build_template(model: ModelConfig) -> ChatTemplate:
+    """The chat template of a model, as its settings want it."""
+    return ChatTemplate.of(
+        load_tokenizer(model), system=model.system, thinking=model.thinking, template=model.chat_template
+    )
+
+
+def build_rows(kind: Records, data: DataConfig, template: ChatTemplate, seed: int) -> Rows:
+    """Records of the sources, split without leakage and encoded. DataError if nothing is left to learn from."""
+    notes: list[str] = []
+    train = _records(kind, data.sources, data, notes)
+    heldout = _records(kind, data.heldout, data, notes)
+    if not heldout and data.heldout_fraction > 0:
+        train, heldout = split(train, fraction=data.heldout_fraction, seed=seed)
+    rows = {}
+    for name, records in {"train": train, "held-out": heldout}.items():
+        prepared = _prepare(kind, records, data, template)
+        notes.append(f"{name}: {prepared.summary()}")
+        rows[name] = prepared
+    if not rows["train"].rows:
+        raise DataError(f"{', '.join(data.sources)}: no row is left to learn from; {notes[-2]}")
+    kept = {
+        name: [records[i] for i in rows[name].indices] for name, records in {"train": train, "held-out": heldout}.items()
+    }
+    return Rows(rows["train"].rows, rows["held-out"].rows, tuple(notes), kept["train"], kept["held-out"])
+
+
+def _records(kind: Records, sources: Sequence[str], data: DataConfig, notes: list[str]) -> tuple[Any, ...]:
+    read: Callable[..., Loaded[Any]] = {
+        "demonstrations": read_demonstrations,
+        "rankings": read_rankings,
+        "prompts": read_prompts,
+    }[kind]
+    records: list[Any] = []
+    for source in sources:
+        loaded = read(located(source), on_bad_row=data.on_bad_row, limit=data.limit)
+        notes.append(f"{source}: {loaded.summary()}")
+        records += loaded.records
+    return tuple(records)
+
+
+def located(source: str) -> str:
+    """ "material:NAME" as the path of what Dressage ships; anything else as it is."""
+    return str(material_path(source.removeprefix(MATERIAL))) if source.startswith(MATERIAL) else source
+
+
+def _prepare(kind: Records, records: Sequence[Any], data: DataConfig, template: ChatTemplate) -> Prepared[Any]:
+    limits = {"max_tokens": data.max_tokens, "on_too_long": data.on_too_long}
+    match kind:
+        case "demonstrations":
+            return prepare_demonstrations(records, template, **limits)  # type: ignore[arg-type]
+        case "rankings":
+            return prepare_rankings(records, template, **limits)  # type: ignore[arg-type]
+        case "prompts":
+            return prepare_prompts(records, template, **limits)  # type: ignore[arg-type]
+
+
+def build_role(
+    backbone: Backbone,
+    name: str,
+    lora: LoraConfig | None,
+    *,
+    seed: int,
+    head: ScalarHead | None = None,
+    depth: int | None = None,
+) -> Role:
+    """A role that learns: an adapter on the shared base, or the backbone's own weights."""
+    if depth is not None and depth > backbone.depth:
+        raise ConfigError(f"depth={depth}: the model has {backbone.depth} layers")
+    if lora is not None:
+        backbone.add_adapter(name, lora, depth=depth, seed=seed)
+    else:
+        backbone.model.requires_grad_(True)
+    return Role(backbone, name if lora else None, head.to(backbone.device) if head else None, depth)
+
+
+def build_engine(kind: Literal["native", "huggingface"], role: Role, template: ChatTemplate, max_batch: int) -> Engine:
+    """A sampler of this role's answers."""
+    stops = {"stop_tokens": template.stop_tokens, "pad_token": template.pad_token, "active": role.speaking}
+    match kind:
+        case "native":
+            from dressage.rollout.native import NativeEngine
+
+            return NativeEngine(role.backbone.model, max_batch=max_batch, **stops)  # type: ignore[arg-type]
+        case "huggingface":
+            from dressage.rollout.huggingface import HuggingFaceEngine
+
+            return HuggingFaceEngine(role.backbone.model, max_batch=max_batch, **stops)  # type: ignore[arg-type]
+
+
+def total_steps(config: TrainingConfig, rows: int) -> int:
+    """Steps of an offline stage."""
+    return config.steps or config.epochs * steps_per_epoch(rows, config.batch_size)
+
+
+def build_learner(
+    row: Algorithm,
+    policy: Role,
+    config: SftConfig | RewardConfig | PpoConfig,
+    updates: int,
+    *,
+    value: Role | None = None,
+) -> Learner:
+    """Who learns, with an optimizer over what each role learns; `updates` optimizer steps in all."""
+    groups: dict[str, Mapping[str, Any]] = {"policy": policy.parameters()}
+    if value is not None:
+        groups["value"] = value.parameters()
+    optimizer: OptimizerConfig = config.optimizer
+    critic = config.value if isinstance(config, PpoConfig) else None
+    rounds = max(1, (config.training.steps or 1)) if critic else 1
+    warmup = 0 if critic is None else critic.warmup_steps * math.ceil(updates / rounds)
+
+    def rates(update: int) -> dict[str, float]:
+        own = learning_rate(optimizer, update, updates)
+        if critic is None or value is None:
+            return {"policy": own}
+        critics = learning_rate(optimizer, update, updates, critic.learning_rate)
+        return {"value": critics} if update < warmup else {"policy": own, "value": critics}
+
+    return Learner(
+        algorithm=row,
+        policy=policy,
+        value=value,
+        optimizer=Optimizer(groups, optimizer),
+        rates=rates,
+        micro_batch_tokens=config.training.micro_batch_tokens,
+        temperature=config.rollout.temperature if isinstance(config, PpoConfig) else 1.0,
+        max_length=config.rollout.max_new_tokens if isinstance(config, PpoConfig) else 1,
+    )
+
+
+def build_algorithm(config: PpoConfig) -> Algorithm:
+    """The row of the catalog with this run's settings."""
+    return algorithm(config.algorithm).with_settings(config.settings)
+
+
+def build_value(config: PpoConfig, reward_model: Role) -> Role | None:
+    """The critic as a role of its own, begun from the reward model; None: a head on the policy's trunk."""
+    if config.value.start == "zero":
+        return None
+    folder = Path(config.reward_model)
+    if not same_base(saved_model(folder), config.model):
+        raise ConfigError(
+            f'value.start="reward": {folder} was trained on another base than model.name={config.model.name};'
+            ' set value.start="zero"'
+        )
+    backbone, name = reward_model.backbone, "value"
+    assert reward_model.adapter is not None
+    backbone.add_adapter(name, backbone.configs[reward_model.adapter][0], depth=reward_model.depth)
+    state = {key: p.detach() for key, p in backbone.adapter_state(reward_model.adapter).items()}
+    backbone.load_adapter_state(name, state, str(folder))
+    head = load_head(folder, backbone)
+    assert head is not None
+    head.requires_grad_(True)
+    return Role(backbone, name, head, reward_model.depth)
+
+
+def build_reward_model(config: PpoConfig, backbone: Backbone, own: ChatTemplate) -> tuple[Role, LearnedReward]:
+    """The reward model, on the policy's base where it can be, and the scorer made of it."""
+    folder = Path(config.reward_model)
+    role = load_reward_model(folder, backbone, config.model)
+    role.backbone.freeze_base()
+    for parameter in role.parameters().values():
+        parameter.requires_grad_(False)
+    if role.backbone is backbone:
+        return role, LearnedReward(role)
+    template = build_template(saved_model(folder))
+    shared = template.tokenizer.get_vocab() == own.tokenizer.get_vocab() and template.source == own.source
+    return role, LearnedReward(role, None if shared and template.system == own.system else template)
+
+
+def build_reference(config: PpoConfig, backbone: Backbone) -> Role:
+    """The model the policy must stay near: adapters off, or a frozen copy where all weights learn."""
+    return Role(backbone) if config.lora is not None else Role(load_backbone(config.model))
+
+
+def open_monitor(folder: Path, kind: str, steps: int, console: Console | None) -> Callable[[int, float], Monitor]:
+    """Opens a stage's log at the step it begins or goes on from."""
+
+    def opened(start: int, before: float) -> Monitor:
+        return Monitor(
+            folder, stage=kind, total_steps=steps, console=console, start_step=start, seconds_before=before
+        )
+
+    return opened

@@ -1,0 +1,51 @@
+"""Which rows make which batch. The order has no state: to resume, the number of the step is enough."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Hashable, Sequence
+from functools import lru_cache
+
+
+def steps_per_epoch(n_rows: int, batch_size: int) -> int:
+    """Batches in which every row is seen once, the last perhaps short."""
+    return -(-n_rows // batch_size)
+
+
+def batch_indices(n_rows: int, batch_size: int, step: int, seed: int) -> list[int]:
+    """Rows of the batch of `step` (from 0): each epoch is a new permutation, and ends with what is left of it."""
+    assert n_rows >= 1 and batch_size >= 1 and step >= 0, (n_rows, batch_size, step)
+    epoch, batch = divmod(step, steps_per_epoch(n_rows, batch_size))
+    return list(_permutation(n_rows, epoch, seed)[batch * batch_size : (batch + 1) * batch_size])
+
+
+@lru_cache(maxsize=8)
+def _permutation(n_rows: int, epoch: int, seed: int) -> tuple[int, ...]:
+    order = list(range(n_rows))
+    # Seeded by a text, not by a sum: (seed 1, epoch 2) and (seed 2, epoch 1) are different orders.
+    random.Random(f"{seed}:{epoch}").shuffle(order)
+    return tuple(order)
+
+
+def length_sorted_chunks(
+    lengths: Sequence[int], max_tokens: int, group: Sequence[Hashable] | None = None
+) -> list[list[int]]:
+    """Cut a batch into micro-batches of at most `max_tokens` padded tokens (rows x longest), the longest rows first.
+
+    Rows of one `group` stay together, in their order. A row or group that is over the budget by itself is a micro-batch
+    by itself. Returns row indices; every row is in exactly one list.
+    """
+    together: dict[Hashable, list[int]] = {}
+    for row, _ in enumerate(lengths):
+        together.setdefault(row if group is None else group[row], []).append(row)
+    units = sorted(together.values(), key=lambda rows: max(lengths[row] for row in rows), reverse=True)
+    chunks: list[list[int]] = []
+    longest = 0
+    for rows in units:
+        # Longest first: what is added never makes the rows already there longer.
+        if chunks and longest * (len(chunks[-1]) + len(rows)) <= max_tokens:
+            chunks[-1] += rows
+        else:
+            chunks.append(list(rows))
+            longest = max(lengths[row] for row in rows)
+    return chunks

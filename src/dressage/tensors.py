@@ -1,0 +1,172 @@
+"""Pure tensor helpers: log-probabilities in chunks, statistics over a mask or a group, padding. Knows no model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    bias: Tensor | None = None,
+    chunk: int = 256,
+    with_entropy: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probability of each row's target under softmax((hidden @ weight.T + bias) / temperature), and the entropy.
+
+    hidden [N, H], weight [V, H], targets [N], bias [V] -> log-probs [N] and entropy [N] in nats, both at least fp32
+    and both differentiable. No more than `chunk` rows of logits exist at once, forward or backward.
+    """
+    logprobs, entropy = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
+        hidden.to(weight.dtype), weight, bias, targets, temperature, chunk, with_entropy
+    )
+    return logprobs, entropy if with_entropy else None
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """Keeps log-normalisers instead of logits, and multiplies again on the way back.
+
+    If the weight is frozen, as under adapters, not even that: a row's slope is then known up to the incoming gradient,
+    a number, so it is taken while the forward pass holds the probabilities.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        chunk: int,
+        with_entropy: bool,
+    ) -> tuple[Tensor, Tensor]:
+        rows = hidden.shape[0]
+        normaliser = hidden.new_empty(rows, dtype=_softmax_dtype(hidden))
+        logprobs, entropy = torch.empty_like(normaliser), torch.zeros_like(normaliser)
+        only_hidden = ctx.needs_input_grad[0] and not any(ctx.needs_input_grad[1:3])
+        slope = torch.empty_like(hidden) if only_hidden else None
+        for start in range(0, rows, chunk):
+            part = slice(start, start + chunk)
+            logits = _logits(hidden[part], weight, bias, temperature)
+            normaliser[part] = logits.logsumexp(-1)
+            logprobs[part] = logits.gather(-1, targets[part, None])[:, 0] - normaliser[part]
+            if slope is None and not with_entropy:
+                continue
+            probs = (logits - normaliser[part, None]).exp_()
+            if with_entropy:
+                entropy[part] = normaliser[part] - torch.linalg.vecdot(probs, logits)
+            if slope is not None:
+                slope[part] = (weight[targets[part]] - probs.to(weight.dtype) @ weight) / temperature
+        ctx.save_for_backward(hidden, weight, bias, targets, normaliser, entropy, slope)
+        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.set_materialize_grads(False)
+        return logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_logprobs: Tensor | None, of_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, normaliser, entropy, slope = ctx.saved_tensors
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        if of_logprobs is None:
+            of_logprobs = torch.zeros_like(normaliser)
+        if slope is not None and of_entropy is None:
+            return (of_logprobs[:, None] * slope).to(hidden.dtype), *[None] * 6
+        exact = normaliser.dtype
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=exact) if needs_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=exact) if needs_bias else None
+        for start in range(0, hidden.shape[0], ctx.chunk):
+            part = slice(start, start + ctx.chunk)
+            logp = _logits(hidden[part], weight, bias, ctx.temperature) - normaliser[part, None]
+            probs = logp.exp()
+            # d logprob / d logits = onehot - p;  d entropy / d logits = -p (log p + entropy).
+            grad = probs * -of_logprobs[part, None]
+            if of_entropy is not None:
+                grad -= probs * (logp + entropy[part, None]) * of_entropy[part, None]
+            grad.scatter_add_(-1, targets[part, None], of_logprobs[part, None])
+            grad /= ctx.temperature
+            narrow = grad.to(weight.dtype)
+            if grad_hidden is not None:
+                grad_hidden[part] = narrow @ weight
+            if grad_weight is not None:
+                grad_weight += narrow.T @ hidden[part]
+            if grad_bias is not None:
+                grad_bias += grad.sum(0)
+        return (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            *[None] * 4,
+        )
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+    logits = (hidden @ weight.T).to(_softmax_dtype(hidden))
+    if bias is not None:
+        logits += bias
+    return logits if temperature == 1.0 else logits.div_(temperature)
+
+
+def _softmax_dtype(values: Tensor) -> torch.dtype:
+    """fp32, or fp64 where fp64 comes in."""
+    return torch.promote_types(values.dtype, torch.float32)
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of the values that count, in fp32 at least; 0 if none does. What does not count may be anything, NaN too."""
+    kept = values.to(_softmax_dtype(values)).masked_fill(~mask, 0.0)
+    return kept.sum() / mask.sum().clamp(min=1)
+
+
+def masked_var(values: Tensor, mask: Tensor) -> Tensor:
+    """Population variance of the values that count; 0 if none does."""
+    return masked_mean((values - masked_mean(values, mask)).square(), mask)
+
+
+def whiten(values: Tensor, mask: Tensor, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
+    """Values scaled to variance 1 over the mask, and moved to mean 0 if `shift_mean`; 0 where nothing counts."""
+    mean, variance = masked_mean(values, mask), masked_var(values, mask)
+    white = (values - mean) * torch.rsqrt(variance + eps)
+    return (white if shift_mean else white + mean).masked_fill(~mask, 0.0)
+
+
+def group_mean(values: Tensor, group: Tensor) -> Tensor:
+    """For every one of the [B] values the mean of its group; groups are any integers, in any order."""
+    index = _group_index(group)
+    # In fp64, so that the mean of equal values is that value and not a rounding away from it: divided by the group's
+    # deviation the rounding would look like a difference between answers.
+    means = index.bincount(values.double()) / index.bincount()
+    return means[index].to(values.dtype)
+
+
+def group_size(group: Tensor) -> Tensor:
+    """For every one of the [B] members how many its group has."""
+    index = _group_index(group)
+    return index.bincount()[index]
+
+
+def _group_index(group: Tensor) -> Tensor:
+    """Groups numbered from 0 without holes."""
+    index: Tensor = group.unique(return_inverse=True)[1]
+    return index
+
+
+def pad_right(rows: Sequence[Sequence[float]], value: float) -> Tensor:
+    """Ragged rows as one [B, T] tensor; the type of `value` (bool, int, float) is the type of the tensor."""
+    dtype = {bool: torch.bool, int: torch.int64, float: torch.float32}[type(value)]
+    width = max((len(row) for row in rows), default=0)
+    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], dtype=dtype).reshape(len(rows), width)
+
+
+def position_ids(attention_mask: Tensor) -> Tensor:
+    """Place of every token in its own text, whichever side is padded; padding in front gets 0."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)

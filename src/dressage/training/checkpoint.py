@@ -1,0 +1,90 @@
+"""Checkpoints: whole or absent, hashed, numbered; a damaged one is named and the one before it is used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dressage.errors import CheckpointError
+from dressage.models.files import load_tensors, new_folder, save_tensors
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """All that a run needs to go on as if it had never stopped."""
+
+    step: int
+    weights: Mapping[str, Tensor]
+    moments: Mapping[str, Tensor]
+    state: Mapping[str, Any]
+    """Plain values: controllers, seconds so far, the hash of the settings."""
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
+    """Writes checkpoints/step-N under `folder`, then forgets all but the newest `keep`.
+
+    CheckpointError if it could not be written; the ones before it stay.
+    """
+    target = folder / "checkpoints" / f"step-{checkpoint.step:06d}"
+    with new_folder(target) as partial:
+        save_tensors(checkpoint.weights, partial / "weights.safetensors")
+        save_tensors(checkpoint.moments, partial / "moments.safetensors")
+        _write(partial / "state.json", {"step": checkpoint.step, **checkpoint.state})
+        _write(partial / MANIFEST, {path.name: _sha256(path) for path in sorted(partial.iterdir())})
+    for old in _numbered(folder)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def load_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest whole checkpoint under `folder`; None if there is none at all.
+
+    Damaged ones are named in a warning and passed over; CheckpointError if every one is damaged.
+    """
+    numbered = _numbered(folder)
+    for path in reversed(numbered):
+        fault = _fault(path)
+        if fault is None:
+            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+            weights, moments = (load_tensors(path / f"{name}.safetensors") for name in ("weights", "moments"))
+            return Checkpoint(state.pop("step"), weights, moments, state)
+        warnings.warn(f"{path}: {fault}; the checkpoint before it is used", stacklevel=2)
+    if numbered:
+        raise CheckpointError(f"{folder / 'checkpoints'}: every checkpoint is damaged; delete the folder to start anew")
+    return None
+
+
+def _numbered(folder: Path) -> list[Path]:
+    return sorted((folder / "checkpoints").glob("step-[0-9]*"))
+
+
+def _fault(path: Path) -> str | None:
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "has no readable manifest"
+    for name, digest in manifest.items():
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        if _sha256(path / name) != digest:
+            return f"{name} is damaged (its hash is not the one recorded)"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,146 @@
+"""The loop: draw batches, update, report, save; the same for supervised learning, reward models and PPO."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from dressage.batches import Experience, PreferenceBatch, SupervisedBatch
+from dressage.config import TrainingConfig
+from dressage.errors import CheckpointError
+from dressage.monitor.metrics import METRICS
+from dressage.monitor.writers import Monitor
+from dressage.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from dressage.training.update import WORST, Learner, Sums
+
+AnyBatch = SupervisedBatch | PreferenceBatch | Experience
+
+
+# Updates name the terms of any loss; an offline stage has but one, and the log calls it so.
+NAMES = {"loss": "loss/train", "accuracy": "accuracy/train"}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An answer to show."""
+
+    prompt: str
+    answer: str
+    reward: float
+    finish: str
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one step of the loop learns from: one or more optimizer updates, each of one or more batches."""
+
+    updates: Sequence[Sequence[AnyBatch]]
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    samples: Sequence[Sample] = ()
+
+
+class BatchSource(Protocol):
+    """Where batches come from: a data set, or the policy's own answers."""
+
+    def draw(self, step: int) -> Round:
+        """The batches of step `step` (from 0): a function of the step and the weights alone."""
+        ...
+
+    def learnt(self, step: int, metrics: Mapping[str, float]) -> Mapping[str, float]:
+        """What the updates of this step measured; returns what is to be logged beside it."""
+        ...
+
+    def state(self) -> Mapping[str, Any]:
+        """What `draw` needs beside the step: plain values."""
+        ...
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state`."""
+        ...
+
+
+def train(
+    source: BatchSource,
+    learner: Learner,
+    *,
+    folder: Path,
+    total_steps: int,
+    config: TrainingConfig,
+    seed: int,
+    settings_hash: str,
+    open_monitor: Callable[[int, float], Monitor],
+    evaluate: Callable[[], Mapping[str, float]] | None = None,
+) -> None:
+    """Runs, or goes on with, a training run in `folder` up to `total_steps`.
+
+    `open_monitor(start_step, seconds_before)` opens the run's log. An interrupted run continues from its newest
+    checkpoint and gives the same weights and metrics as one that never stopped: every random draw comes from (seed, step).
+    CheckpointError if the checkpoints in `folder` belong to other settings.
+    """
+    start, before = _resume(source, learner, folder, settings_hash)
+    began = time.perf_counter()
+    with open_monitor(start, before) as monitor:
+        if evaluate is not None and start == 0:
+            monitor.log(0, evaluate())
+        for step in range(start, total_steps):
+            torch.manual_seed(_mix(seed, step))
+            begun = time.perf_counter()
+            round_ = source.draw(step)
+            drawn = time.perf_counter()
+            measured = _learn(learner, round_.updates)
+            seconds = time.perf_counter() - drawn
+            measured |= {"time/update_seconds": seconds, "tokens_per_second": measured["tokens"] / (time.perf_counter() - begun)}
+            measured |= round_.metrics
+            measured |= source.learnt(step, measured)
+            done = step + 1
+            if evaluate is not None and (
+                done == total_steps or (config.evaluate_every and done % config.evaluate_every == 0)
+            ):
+                measured |= evaluate()
+            monitor.log(done, {NAMES.get(name, name): v for name, v in measured.items() if NAMES.get(name, name) in METRICS})
+            for sample in round_.samples:
+                monitor.sample(done, sample.prompt, sample.answer, sample.reward, sample.finish)
+            if done == total_steps or (config.checkpoint_every and done % config.checkpoint_every == 0):
+                spent = before + time.perf_counter() - began
+                state = {"source": source.state(), "seconds": spent, "settings": settings_hash, "updates": learner.updates}
+                checkpoint = Checkpoint(done, learner.optimizer.weights(), learner.optimizer.moments(), state)
+                save_checkpoint(folder, checkpoint, config.keep_checkpoints)
+
+
+def _learn(learner: Learner, updates: Sequence[Sequence[AnyBatch]]) -> dict[str, float]:
+    """All updates of a round; the mean of each measure over them, the first ratio from the first of them."""
+    sums = [learner.update(batches) for batches in updates]
+    means = {name: _mean(sums, name) for one in sums for name in one}
+    means["tokens"] = sum(one["tokens"] for one in sums)
+    if WORST in sums[0]:
+        means[WORST] = sums[0][WORST]
+    return means
+
+
+def _mean(sums: Sequence[Sums], name: str) -> float:
+    values = [one[name] for one in sums if name in one]
+    return sum(values) / len(values)
+
+
+def _resume(source: BatchSource, learner: Learner, folder: Path, settings_hash: str) -> tuple[int, float]:
+    checkpoint = load_checkpoint(folder)
+    if checkpoint is None:
+        return 0, 0.0
+    if checkpoint.state["settings"] != settings_hash:
+        raise CheckpointError(
+            f"{folder}: holds checkpoints of a run with other settings; give another --out, or delete the folder"
+        )
+    learner.optimizer.restore(checkpoint.weights, checkpoint.moments)
+    learner.updates = checkpoint.state["updates"]
+    source.restore(checkpoint.state["source"])
+    return checkpoint.step, float(checkpoint.state["seconds"])
+
+
+def _mix(seed: int, step: int) -> int:
+    return (seed * 1_000_003 + step * 7_919 + 17) % 2**63
+

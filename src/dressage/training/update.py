@@ -1,0 +1,173 @@
+"""One optimizer step: cut into micro-batches, score, a loss for every token, its share of the whole, backward, step."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dressage.algorithms.aggregate import Totals, aggregate, aggregate_pairs, count, rankings_total
+from dressage.algorithms.catalog import Algorithm
+from dressage.algorithms.policy_gradient import PolicyGradientSettings, ppo_statistics
+from dressage.algorithms.reward_modeling import ranking_pairs, ranking_statistics
+from dressage.batches import Batch, Experience, Mask, PreferenceBatch, SupervisedBatch, TokenScores, select, to_device
+from dressage.data.order import length_sorted_chunks
+from dressage.models.roles import Role
+from dressage.models.scoring import score_sequences, score_tokens, score_values
+from dressage.training.optimizer import Optimizer
+
+Sums = dict[str, float]
+"""Measures of one update by metric name: means over all it learnt from. "tokens": how many went through the model."""
+
+
+@dataclass(kw_only=True)
+class Learner:
+    """Who learns, by which algorithm, in what pieces."""
+
+    algorithm: Algorithm
+    policy: Role
+    """The model that is trained: a policy, or a reward model."""
+    value: Role | None = None
+    """A critic with weights of its own; none: the policy's head, if it has one."""
+    optimizer: Optimizer
+    rates: Callable[[int], dict[str, float]]
+    """Learning rate of each optimizer group at optimizer step k; a group left out rests."""
+    micro_batch_tokens: int
+    temperature: float = 1.0
+    max_length: int = 1
+    """Longest answer the engine was allowed, in tokens."""
+    updates: int = 0
+    """Optimizer steps so far."""
+
+    def update(self, batches: Sequence[SupervisedBatch | PreferenceBatch | Experience]) -> Sums:
+        """Learns from these batches in one optimizer step."""
+        with self.policy.backbone.dropout():
+            sums = _added(piece for batch in batches for piece in self._learn(batch))
+        rates = self.rates(self.updates)
+        sums["gradient/norm"] = self.optimizer.step(rates)
+        sums["learning_rate"] = next(iter(rates.values()), 0.0)
+        self.updates += 1
+        return sums
+
+    def measure(self, batch: SupervisedBatch | PreferenceBatch) -> Sums:
+        """The same measures of a batch without learning from it."""
+        with torch.no_grad():
+            return _added(self._learn(batch))
+
+    def _learn(self, batch: SupervisedBatch | PreferenceBatch | Experience) -> Iterator[Sums]:
+        """Backward through every micro-batch; its share of each measure."""
+        match batch:
+            case SupervisedBatch():
+                totals = count([batch.loss_mask])
+                for piece in self._pieces(batch):
+                    yield self._supervised(piece, totals)
+            case PreferenceBatch():
+                better, _ = ranking_pairs(batch.group, batch.rank)
+                totals = rankings_total([batch.group[better]])
+                for piece in self._pieces(batch, by=batch.group):
+                    yield self._preference(piece, totals)
+            case Experience():
+                totals = count([batch.response_mask], self.max_length)
+                for piece in self._pieces(batch):
+                    yield self._experience(piece, totals)
+
+    def _supervised(self, batch: SupervisedBatch, totals: Totals) -> Sums:
+        scores = score_tokens(self.policy, batch.tokens, batch.attention_mask, batch.loss_mask)
+        terms = self.algorithm.losses[SupervisedBatch](scores, batch, self.algorithm.settings)
+        shares = {f"loss/{name}": aggregate(term, batch.loss_mask, totals) for name, term in terms.items()}
+        return _backward(shares) | {"tokens": _size(batch.attention_mask)}
+
+    def _preference(self, batch: PreferenceBatch, totals: Totals) -> Sums:
+        rewards = score_sequences(self.policy, batch.tokens, batch.attention_mask, batch.last)
+        terms = self.algorithm.losses[PreferenceBatch](rewards, batch, self.algorithm.settings)
+        better, _ = ranking_pairs(batch.group, batch.rank)
+        prompt = batch.group[better]
+        shares = {f"loss/{name}": aggregate_pairs(term, prompt, totals) for name, term in terms.items()}
+        watched = ranking_statistics(rewards.detach(), batch)
+        measures = {name: float(aggregate_pairs(value, prompt, totals)) for name, value in watched.items()}
+        return _backward(shares) | measures | {"tokens": _size(batch.attention_mask)}
+
+    def _experience(self, batch: Experience, totals: Totals) -> Sums:
+        settings = self.algorithm.settings
+        assert isinstance(settings, PolicyGradientSettings)
+        mask = batch.response_mask
+        scores = score_tokens(
+            self.policy,
+            batch.tokens,
+            batch.attention_mask,
+            mask,
+            temperature=self.temperature,
+            entropy=True,
+        )
+        values = scores.values
+        if self.value is not None:
+            values = score_values(self.value, batch.tokens, batch.attention_mask, mask)
+        terms = self.algorithm.losses[Experience](scores, values, batch, settings)
+        weigh = self.algorithm.weigh
+        shares = {f"loss/{name}": aggregate(term, mask, totals, weigh) for name, term in terms.items()}
+        watched = ppo_statistics(_detached(scores), None if values is None else values.detach(), batch, settings)
+        measures = {
+            _MEASURES[name]: float(aggregate(value, mask, totals)) for name, value in watched.items() if name in _MEASURES
+        }
+        # Before a round's first step the ratio is 1, unless sampling and learning disagree.
+        measures[WORST] = float((watched["ratio"] - 1).abs().masked_fill(~mask, 0.0).amax())
+        return _backward(shares) | measures | {"tokens": _size(batch.attention_mask)}
+
+    def _pieces(self, batch: Batch, by: Tensor | None = None) -> Iterator[Batch]:
+        """Micro-batches of at most `micro_batch_tokens` padded tokens, rows of like length together, groups kept whole."""
+        for rows in pieces(batch.attention_mask, self.micro_batch_tokens, by):
+            yield trimmed(to_device(select(batch, rows), self.policy.backbone.device))
+
+
+WORST = "ratio/first_max_error"
+_MEASURES = {
+    "clipped": "clip/share",
+    "value_clipped": "clip/value_share",
+    "kl_update": "kl/update_approx",
+    "entropy": "entropy/per_token",
+}
+
+
+def _added(pieces: Iterable[Sums]) -> Sums:
+    """Shares add up to means; of errors the largest counts."""
+    sums: Sums = defaultdict(float)
+    for piece in pieces:
+        for name, value in piece.items():
+            sums[name] = max(sums[name], value) if name == WORST else sums[name] + value
+    return dict(sums)
+
+
+def pieces(attention_mask: Mask, max_tokens: int, by: Tensor | None = None) -> Iterator[Tensor]:
+    """Row indices of micro-batches of at most so many padded tokens; rows with equal `by` stay together."""
+    lengths = attention_mask.sum(-1).tolist()
+    for rows in length_sorted_chunks(lengths, max_tokens, None if by is None else by.tolist()):
+        yield torch.tensor(rows)
+
+
+def trimmed(batch: Batch) -> Batch:
+    """Without the columns that are padding in every row (on the right)."""
+    width = int(batch.attention_mask.any(0).nonzero().amax()) + 1
+    columns = {
+        name: value[:, :width] if isinstance(value, Tensor) and value.dim() == 2 else value
+        for name, value in vars(batch).items()
+    }
+    return type(batch)(**columns)
+
+
+def _backward(shares: dict[str, Tensor]) -> Sums:
+    """Gradients of the summed terms, unless none is being recorded; the terms as numbers."""
+    loss = torch.stack([share for share in shares.values()]).sum()
+    if loss.requires_grad:
+        loss.backward()
+    return {name: share.item() for name, share in shares.items()} | {"loss": loss.item()}
+
+
+def _detached(scores: TokenScores) -> TokenScores:
+    return TokenScores(scores.logprobs.detach(), None if scores.entropy is None else scores.entropy.detach())
+
+
+def _size(attention_mask: Mask) -> float:
+    return float(attention_mask.sum())
