@@ -1,0 +1,196 @@
+"""What every logged number is called, measured in, and means: one table for the console, the report and the docs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One logged number, explained to somebody who meets it for the first time."""
+
+    name: str
+    unit: str
+    """Empty for a plain number; "share" is between 0 and 1 and shown in per cent."""
+    meaning: str
+    healthy: str = ""
+    """How it should look; empty: depends on the run."""
+    decimals: int = 3
+
+    def show(self, value: float | None) -> str:
+        """The value as a person reads it, with its unit."""
+        if value is None or not math.isfinite(value):
+            return "not a number"
+        if self.unit == "share":
+            return f"{100 * value:.{self.decimals}f}\u00a0%"
+        small = value != 0 and abs(value) < 0.5 * 10**-self.decimals
+        number = f"{value:.1e}" if small else f"{value:,.{self.decimals}f}"
+        # A true minus sign, as wide as a plus; only the first: that of an exponent belongs to the notation.
+        number = "\u2212" + number[1:] if number.startswith("-") else number
+        return f"{number}\u00a0{self.unit}" if self.unit else number
+
+
+_TABLE = (
+    # What all learning stages log
+    Metric(
+        "loss/train",
+        "nats",
+        "How surprised the model is by what it learns from: by a token (sft), or by a person's choice between two "
+        "answers (reward; a coin toss would be 0.693 = ln 2). 0 is perfect.",
+        "falls, first fast, then slowly",
+    ),
+    Metric(
+        "loss/heldout",
+        "nats",
+        "The same on examples it never learns from, so it cannot be lowered by learning them by heart.",
+        "falls with the training loss; when it rises again, stop earlier",
+    ),
+    Metric(
+        "gradient/norm",
+        "",
+        "How strongly the whole batch pulls at the weights, before the pull is cut to its limit.",
+        "steady; no jumps to ten times its usual size",
+    ),
+    Metric("learning_rate", "", "How far one update may move the weights.", decimals=6),
+    Metric("tokens_per_second", "tokens/s", "Tokens (word pieces) that go through the stage in a second.", decimals=0),
+    # Reward model
+    Metric(
+        "accuracy/train",
+        "share",
+        "Of the pairs it learns from, how many the reward model puts in the same order as the ranker.",
+        "rises above 60 %",
+        decimals=0,
+    ),
+    Metric(
+        "accuracy/heldout",
+        "share",
+        "The same on prompts it never learns from. 50 % is a coin toss; people agree with one another on 60 to 80 %.",
+        "above 60 %, and above what 'the longer is better' would reach",
+        decimals=0,
+    ),
+    # What PPO is for
+    Metric(
+        "reward/score_mean",
+        "",
+        "The reward model's score of a step's answers, scaled so that the starting model's answers have mean 0 and "
+        "deviation 1.",
+        "rises",
+    ),
+    Metric(
+        "reward/score_std",
+        "",
+        "How much that score differs between the answers of a step. Without a difference nothing can be learnt.",
+        "above 0.001",
+    ),
+    Metric(
+        "reward/total_mean",
+        "",
+        "The score less the price of moving away from the starting model (KL) and of being cut off: what is maximised.",
+        "rises",
+    ),
+    Metric(
+        "gold/mean",
+        "",
+        "The hidden preference of the simulated annotator, never trained on: what the score only approximates. Known "
+        "in simulations only.",
+        "rises with the score; score up and gold down means the reward model is being fooled",
+    ),
+    # How far the policy has gone
+    Metric(
+        "kl/reference_per_answer",
+        "nats",
+        "How far the policy has moved from the starting model: the log of how many times likelier it makes its own "
+        "answers, a whole answer at a time.",
+        "slowly up to a few nats, not without end",
+    ),
+    Metric("kl/coef", "", "Price of one nat of that distance, in units of the reward."),
+    Metric(
+        "kl/update_approx",
+        "nats/token",
+        "How far the updates of one step moved the policy, for an average token.",
+        "0.0004 to 0.01",
+        decimals=4,
+    ),
+    Metric(
+        "clip/share",
+        "share",
+        "Tokens whose probability had changed so much that PPO's clip held them back.",
+        "below 20 %",
+        decimals=1,
+    ),
+    Metric("clip/value_share", "share", "Tokens whose value estimate was held back by the value clip.", decimals=1),
+    Metric(
+        "entropy/per_token",
+        "nats",
+        "How undecided the policy is about the next token: 0 is always the same token, 0.7 a choice between two.",
+        "falls slowly; not by half, not to 0",
+    ),
+    Metric(
+        "value/explained_variance",
+        "",
+        "How much of the difference between answers the critic foresees: 1 all, 0 none, below 0 worse than a constant.",
+        "rises to 0.5 and more",
+        decimals=2,
+    ),
+    # Losses and gradients
+    Metric("loss/policy", "", "PPO's clipped objective, negated. Its size says little; it hovers about 0."),
+    Metric("loss/value", "", "Squared error of the critic's forecast of the reward.", "falls"),
+    Metric(
+        "loss/ptx",
+        "nats",
+        "Loss on demonstrations that are rehearsed beside the reward, so that what was learnt is not lost.",
+        "rises by less than 5 %",
+    ),
+    # What the answers look like
+    Metric(
+        "length/mean_tokens",
+        "tokens",
+        "Length of an answer, its end mark included.",
+        "between half and twice the starting model's",
+        decimals=1,
+    ),
+    Metric(
+        "finished/share",
+        "share",
+        "Answers that the policy ended itself; the others were cut at the length limit.",
+        "as high as the starting model's",
+        decimals=0,
+    ),
+    Metric(
+        "distinct/share",
+        "share",
+        "How varied a step's answers are: of all pairs of neighbouring words in them, the share that differ. 100 % if "
+        "no phrase occurs twice.",
+        "like the starting model's; not half of it",
+        decimals=0,
+    ),
+    # Is the machinery sound?
+    Metric(
+        "ratio/first_max_error",
+        "",
+        "At the first minibatch nothing has been learnt yet, so new and old probability of every token must be equal: "
+        "the largest departure of their ratio from 1.",
+        "below 0.0001",
+        decimals=6,
+    ),
+    Metric(
+        "engine/max_logprob_difference",
+        "nats",
+        "Largest difference between a token's log-probability as sampled and as recomputed for learning.",
+        "below 0.001 in float32",
+        decimals=6,
+    ),
+    # Where the time goes
+    Metric("time/rollout_seconds", "s", "Seconds of a step spent writing answers.", decimals=2),
+    Metric("time/score_seconds", "s", "Seconds of a step spent scoring them.", decimals=2),
+    Metric("time/update_seconds", "s", "Seconds of a step spent learning.", decimals=2),
+)
+
+METRICS: Mapping[str, Metric] = {metric.name: metric for metric in _TABLE}
+
+
+def metric(name: str) -> Metric:
+    """The row of this name; a name the table does not have is shown without explanation."""
+    return METRICS.get(name) or Metric(name, "", "")
