@@ -74,17 +74,19 @@ def build_rows(kind: Records, data: DataConfig, template: ChatTemplate, seed: in
     if not rows["train"].rows:
         raise DataError(f"{', '.join(data.sources)}: no row is left to learn from; {notes[-2]}")
     kept = {
-        name: [records[i] for i in rows[name].indices] for name, records in {"train": train, "held-out": heldout}.items()
+        name: [records[i] for i in rows[name].indices]
+        for name, records in {"train": train, "held-out": heldout}.items()
     }
     return Rows(rows["train"].rows, rows["held-out"].rows, tuple(notes), kept["train"], kept["held-out"])
 
 
 def _records(kind: Records, sources: Sequence[str], data: DataConfig, notes: list[str]) -> tuple[Any, ...]:
-    read: Callable[..., Loaded[Any]] = {
+    readers: dict[Records, Callable[..., Loaded[Any]]] = {
         "demonstrations": read_demonstrations,
         "rankings": read_rankings,
         "prompts": read_prompts,
-    }[kind]
+    }
+    read = readers[kind]
     records: list[Any] = []
     for source in sources:
         loaded = read(located(source), on_bad_row=data.on_bad_row, limit=data.limit)
@@ -232,8 +234,6 @@ def open_monitor(folder: Path, kind: str, steps: int, console: Console | None) -
     """Opens a stage's log at the step it begins or goes on from."""
 
     def opened(start: int, before: float) -> Monitor:
-        return Monitor(
-            folder, stage=kind, total_steps=steps, console=console, start_step=start, seconds_before=before
-        )
+        return Monitor(folder, stage=kind, total_steps=steps, console=console, start_step=start, seconds_before=before)
 
     return opened

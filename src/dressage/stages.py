@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-
 from rich.console import Console
 from rich.progress import Progress
 
@@ -17,7 +16,6 @@ from dressage.algorithms.catalog import algorithm
 from dressage.algorithms.reward_modeling import affine_normalisation
 from dressage.config import (
     EvaluateConfig,
-    ModelConfig,
     PpoConfig,
     RankConfig,
     RewardConfig,
@@ -33,7 +31,14 @@ from dressage.errors import ConfigError, DataError
 from dressage.evaluation.win_rate import Ranked, accuracy_interval, length_baseline, ordered_pairs, win_rate
 from dressage.experience.build import tensors_of
 from dressage.feedback.annotator import SimulatedAnnotator, gold_score
-from dressage.models.files import Normalisation, add_saved_adapter, load_backbone, load_reward_model, save_role, saved_model
+from dressage.models.files import (
+    Normalisation,
+    add_saved_adapter,
+    load_backbone,
+    load_reward_model,
+    save_role,
+    saved_model,
+)
 from dressage.models.pretrained import lineage
 from dressage.models.roles import Role, ScalarHead
 from dressage.monitor.diversity import distinct
@@ -235,7 +240,11 @@ def sample(config: SampleConfig, folder: Path, console: Console | None) -> None:
                     {"text": template.decode(c.tokens), "tokens": len(c.tokens), "finish": c.finish} for c in own
                 ],
                 "model": config.model.name,
-                "sampling": {"temperature": config.temperature, "max_new_tokens": config.max_new_tokens, "seed": config.seed},
+                "sampling": {
+                    "temperature": config.temperature,
+                    "max_new_tokens": config.max_new_tokens,
+                    "seed": config.seed,
+                },
             }
         )
     _write_lines(folder / ANSWERS, lines)
@@ -260,6 +269,7 @@ def _model_and_below(config: SampleConfig) -> tuple[Role, Role]:
 
 def rank(config: RankConfig, folder: Path, console: Console | None) -> None:
     """Answers -> rankings by the simulated annotator, or people's own rankings checked: folder/rankings.jsonl."""
+    lines: list[dict[str, Any]] = []
     if config.rankings is not None:
         loaded = read_rankings(config.rankings)
         _note(folder, (f"{config.rankings}: {loaded.summary()}",), console)
@@ -277,13 +287,14 @@ def rank(config: RankConfig, folder: Path, console: Console | None) -> None:
     else:
         assert config.answers is not None
         annotator = SimulatedAnnotator(config.seed, config.noise)
-        lines = []
         for number, row in _lines(Path(config.answers)):
             prompt = _prompt(row)
             texts = [answer["text"] for answer in row["answers"]]
             finished = [answer["finish"] == "stop" for answer in row["answers"]]
             if len(texts) < 2:
-                raise DataError(f"{config.answers}:{number}: a ranking needs two answers or more; set answers_per_prompt")
+                raise DataError(
+                    f"{config.answers}:{number}: a ranking needs two answers or more; set answers_per_prompt"
+                )
             ranks = annotator.rank(prompt.text, texts, finished)
             lines.append(
                 {
@@ -296,7 +307,9 @@ def rank(config: RankConfig, folder: Path, console: Console | None) -> None:
                 }
             )
         # A row in which nothing is preferred, or an empty answer, has nothing to teach.
-        lines = [line for line in lines if len(set(line["ranks"])) > 1 and all(text.strip() for text in line["answers"])]
+        lines = [
+            line for line in lines if len(set(line["ranks"])) > 1 and all(text.strip() for text in line["answers"])
+        ]
         if console:
             console.print(f"  {len(lines)} rankings by the SIMULATED annotator ({annotator.name})")
     _write_lines(folder / RANKINGS, lines)
@@ -305,12 +318,19 @@ def rank(config: RankConfig, folder: Path, console: Console | None) -> None:
 def evaluate(config: EvaluateConfig, folder: Path, console: Console | None) -> None:
     """Two models' answers to the same prompts -> who wins and how sure that is: folder/evaluation.json."""
     template = assemble.build_template(config.model)
-    sides = {side: _read_answers(Path(path), template) for side, path in {"before": config.before, "after": config.after}.items()}
+    sides = {
+        side: _read_answers(Path(path), template)
+        for side, path in {"before": config.before, "after": config.after}.items()
+    }
     ids = {side: [rollout.prompt.id for rollout in rollouts] for side, rollouts in sides.items()}
     if ids["before"] != ids["after"]:
         raise DataError(f"{config.before} and {config.after} do not answer the same prompts; sample both from one file")
     role = None if config.reward_model is None else load_reward_model(Path(config.reward_model))
-    found: dict[str, Any] = {"judge": config.judge, "simulated": config.judge == "gold", "prompts": len(sides["before"])}
+    found: dict[str, Any] = {
+        "judge": config.judge,
+        "simulated": config.judge == "gold",
+        "prompts": len(sides["before"]),
+    }
     gold = {side: [_gold(rollout) for rollout in rollouts] for side, rollouts in sides.items()}
     learned: dict[str, list[float]] = {}
     if role is not None:
@@ -351,7 +371,9 @@ def evaluate(config: EvaluateConfig, folder: Path, console: Console | None) -> N
     ]
     write_json(folder / EVALUATION, found)
     if console:
-        console.print(f"  win rate {won.rate:.2f} ({won.low:.2f} to {won.high:.2f}) on {won.n} prompts, judged by {config.judge}")
+        console.print(
+            f"  win rate {won.rate:.2f} ({won.low:.2f} to {won.high:.2f}) on {won.n} prompts, judged by {config.judge}"
+        )
 
 
 WORK: Mapping[str, Callable[[Any, Path, Console | None], None]] = {
@@ -413,7 +435,9 @@ def _read_answers(path: Path, template: ChatTemplate) -> list[Rollout]:
         prompt, answer = template.encode_prompt(_prompt(row)), row["answers"][0]
         finished = answer["finish"] == "stop"
         tokens = template.encode_answer(prompt, answer["text"], finished).tokens[len(prompt.tokens) :]
-        rollouts.append(Rollout(prompt, Completion(tokens, (0.0,) * len(tokens), answer["finish"]), answer["text"], group))
+        rollouts.append(
+            Rollout(prompt, Completion(tokens, (0.0,) * len(tokens), answer["finish"]), answer["text"], group)
+        )
     if not rollouts:
         raise DataError(f"{path}: holds no answers")
     return rollouts
@@ -427,7 +451,9 @@ def _lines(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
                     row = json.loads(line)
                     assert isinstance(row["prompt"], list) and all({"text", "finish"} <= set(a) for a in row["answers"])
                 except (ValueError, KeyError, TypeError, AssertionError) as error:
-                    raise DataError(f"{path}:{number}: not a line of answers.jsonl; make the file with `dressage sample`") from error
+                    raise DataError(
+                        f"{path}:{number}: not a line of answers.jsonl; make the file with `dressage sample`"
+                    ) from error
                 yield number, row
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); make it with `dressage sample`") from error
@@ -457,5 +483,3 @@ def _note(folder: Path, notes: Sequence[str], console: Console | None) -> None:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-

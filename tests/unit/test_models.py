@@ -105,7 +105,11 @@ def test_padding_side_and_amount_change_nothing(make: Any) -> None:
     tokens, mask, wanted = rows()
     last = mask.sum(-1) - 1
     right = score_tokens(role, tokens, mask, wanted).logprobs, score_sequences(role, tokens, mask, last)
-    left = torch.zeros(3, 12, dtype=torch.long), torch.zeros(3, 12, dtype=torch.bool), torch.zeros(3, 12, dtype=torch.bool)
+    left = (
+        torch.zeros(3, 12, dtype=torch.long),
+        torch.zeros(3, 12, dtype=torch.bool),
+        torch.zeros(3, 12, dtype=torch.bool),
+    )
     for b, n in enumerate(mask.sum(-1).tolist()):
         for target, source in zip(left, (tokens, mask, wanted), strict=True):
             target[b, 12 - n :] = source[b, :n]

@@ -1,4 +1,4 @@
-"""The loop and the update: how work is cut changes nothing, an interrupted run is the uninterrupted one, saving is whole."""
+"""The loop and the update: cutting changes nothing, an interrupted run is the uninterrupted one, saving is whole."""
 
 from __future__ import annotations
 
@@ -96,7 +96,9 @@ def experience(learns: Learner, seed: int = 0) -> Experience:
         logprobs = score_tokens(learns.policy, tokens, mask, response).logprobs
         values = score_values(learns.value, tokens, mask, response)
     noise = torch.randn(8, 12, generator=generator).masked_fill(~response, 0.0)
-    return Experience(tokens, mask, response, logprobs, logprobs, noise, torch.arange(8), logprobs, values, values + noise)
+    return Experience(
+        tokens, mask, response, logprobs, logprobs, noise, torch.arange(8), logprobs, values, values + noise
+    )
 
 
 def gradients(learns: Learner, batches: Sequence[Any]) -> dict[str, torch.Tensor]:
@@ -113,7 +115,7 @@ def test_micro_batches_change_nothing(name: str) -> None:
     found = []
     for tokens in (10_000, 1):
         learns = learner(name, tokens)
-        batch = {"sft": supervised, "reward_log_sig": preference}.get(name, lambda: experience(learns))()
+        batch = {"sft": supervised, "reward_log_sig": preference}.get(name, lambda learns=learns: experience(learns))()
         found.append(gradients(learns, [batch]))
     assert found[0].keys() == found[1].keys()
     assert any(gradient.abs().max() > 1e-4 for gradient in found[0].values())
@@ -207,7 +209,13 @@ def run(folder: Path, stop_after: int | None = None, *, dropout: float = 0.1, se
         seed=7,
         settings_hash=settings,
         open_monitor=lambda start, before: Monitor(
-            folder, stage="sft", total_steps=10, console=None, tensorboard=False, start_step=start, seconds_before=before
+            folder,
+            stage="sft",
+            total_steps=10,
+            console=None,
+            tensorboard=False,
+            start_step=start,
+            seconds_before=before,
         ),
         evaluate=lambda: {"loss/heldout": learns.measure(supervised(6, seed=99))["loss"]},
     )
@@ -225,7 +233,10 @@ def test_interrupted_and_resumed_is_uninterrupted(stops: list[int], tmp_path: Pa
     assert weights_hash(resumed.optimizer.weights()) == weights_hash(whole.optimizer.weights())
     assert weights_hash(resumed.optimizer.moments()) == weights_hash(whole.optimizer.moments())
     logs = [
-        [{k: v for k, v in row.items() if "seconds" not in k and "per_second" not in k} for row in read_metrics(tmp_path / f)]
+        [
+            {k: v for k, v in row.items() if "seconds" not in k and "per_second" not in k}
+            for row in read_metrics(tmp_path / f)
+        ]
         for f in ("whole", "cut")
     ]
     assert logs[0] == logs[1]

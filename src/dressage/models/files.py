@@ -1,4 +1,4 @@
-"""Roles on disk: adapters in the peft format, heads beside them, safetensors only; what is loaded gives the same numbers."""
+"""Roles on disk: adapters in the peft format, heads beside them, safetensors only; loaded, they give the same numbers."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def new_folder(target: Path) -> Iterator[Path]:
         yield partial
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(f"{target}: could not be written ({error.strerror or error}); what was there before stays") from error
+        raise CheckpointError(
+            f"{target}: could not be written ({error.strerror or error}); what was there before stays"
+        ) from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -78,7 +80,13 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def save_role(
-    folder: Path, role: Role, kind: str, model: ModelConfig, *, normalisation: Normalisation | None = None, tokenizer: Any = None
+    folder: Path,
+    role: Role,
+    kind: str,
+    model: ModelConfig,
+    *,
+    normalisation: Normalisation | None = None,
+    tokenizer: Any = None,
 ) -> None:
     """A role as a folder: adapter (or whole model), head, and role.json with what a later load needs."""
     with new_folder(folder) as partial:
@@ -146,7 +154,9 @@ def load_head(folder: Path, backbone: Backbone) -> ScalarHead | None:
     return head.to(backbone.device)
 
 
-def load_reward_model(folder: Path, backbone: Backbone | None = None, backbone_config: ModelConfig | None = None) -> Role:
+def load_reward_model(
+    folder: Path, backbone: Backbone | None = None, backbone_config: ModelConfig | None = None
+) -> Role:
     """A reward model: on the given backbone if it was trained on that very one, else with its own weights."""
     if not (folder / ROLE_FILE).is_file():
         raise ModelError(f"{folder}: no reward model here (no {ROLE_FILE}); train one with `dressage reward`")

@@ -72,7 +72,7 @@ class Backbone:
     @property
     def device(self) -> torch.device:
         """Where the weights lie."""
-        return next(self.model.parameters()).device
+        return torch.device(next(self.model.parameters()).device)
 
     def add_adapter(self, name: str, config: LoraConfig, *, depth: int | None = None, seed: int = 0) -> None:
         """A new adapter on the linear layers of the first `depth` decoder layers; it changes nothing yet (up is 0)."""
@@ -202,7 +202,9 @@ def peft_config(backbone: Backbone, name: str, base: str) -> dict[str, Any]:
         "fan_in_fan_out": any(backbone.linears[path].transposed for path in targets),
         "inference_mode": True,
         # A pattern of the whole path: peft then wraps these layers and no others.
-        "target_modules": "|".join(re.escape(path) for path in targets) if _partial(backbone, targets) else _leaves(targets),
+        "target_modules": "|".join(re.escape(path) for path in targets)
+        if _partial(backbone, targets)
+        else _leaves(targets),
     }
 
 
@@ -226,5 +228,5 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _shape(base: nn.Module, transposed: bool) -> tuple[int, int]:
-    rows, columns = base.weight.shape  # type: ignore[misc,union-attr]
+    rows, columns = base.weight.shape  # type: ignore[misc]
     return (int(columns), int(rows)) if transposed else (int(rows), int(columns))

@@ -8,6 +8,7 @@ import os
 import shutil
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +81,8 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
-    config = read.config
+    read: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    config = read.to(torch.bfloat16).config
     # A model still marked as GGUF refuses to be saved.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -134,7 +135,7 @@ def load_base(config: ModelConfig, device: torch.device | None = None) -> Any:
     shape = model_shape(config)
     base = resolve(lineage(config.name).base)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             base,
             config=shape,
             dtype=compute_dtype(config.dtype),
@@ -167,6 +168,7 @@ def compute_dtype(asked: str) -> torch.dtype:
     return torch.bfloat16 if _product_seconds(torch.bfloat16) * 1.5 < _product_seconds(torch.float32) else torch.float32
 
 
+@cache
 def _product_seconds(dtype: torch.dtype) -> float:
     left, right = torch.ones(256, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
     seconds = []

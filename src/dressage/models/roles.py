@@ -77,7 +77,8 @@ class Role:
             inputs["position_ids"] = position_ids(attention_mask)
         with self.speaking():
             if self.depth is None or self.depth == self.backbone.depth:
-                return self.backbone.decoder(**inputs).last_hidden_state
+                hidden: Tensor = self.backbone.decoder(**inputs).last_hidden_state
+                return hidden
             # The layer after the last one that is read hands its input back, whatever the architecture.
             hook = self.backbone.layers[self.depth].register_forward_pre_hook(_hand_back, with_kwargs=True)
             try:

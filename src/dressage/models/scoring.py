@@ -46,7 +46,8 @@ def score_sequences(role: Role, tokens: Ints, attention_mask: Mask, last: Ints) 
     """A reward model's score [B], read at index `last` [B]: the last real token, by the collator's word."""
     assert role.head is not None
     hidden = role.hidden(tokens, attention_mask)
-    return role.head(hidden[torch.arange(len(last), device=last.device), last])
+    scores: PerSequence = role.head(hidden[torch.arange(len(last), device=last.device), last])
+    return scores
 
 
 def _before(hidden: Tensor, wanted: Mask) -> Tensor:

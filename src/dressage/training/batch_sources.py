@@ -18,11 +18,11 @@ from dressage.config import PpoConfig
 from dressage.data.order import batch_indices
 from dressage.data.template import ChatTemplate
 from dressage.errors import EngineError
-from dressage.monitor.diversity import distinct
 from dressage.experience.buffer import minibatches
 from dressage.experience.build import ExperienceReport, Samples, build_experience, tensors_of
 from dressage.models.roles import Role
 from dressage.models.scoring import score_tokens, score_values
+from dressage.monitor.diversity import distinct
 from dressage.rewards.learned import Scorer
 from dressage.rollout.engine import Engine
 from dressage.schema import Prompt, Rollout, Sampling
@@ -151,7 +151,9 @@ class RolloutSource:
     def _sample(self, step: int) -> list[Rollout]:
         rollout = self.config.rollout
         rows = batch_indices(len(self.prompts), rollout.prompts_per_step, step, self.config.seed)
-        asked = [(group, self.prompts[row]) for group, row in enumerate(rows) for _ in range(rollout.answers_per_prompt)]
+        asked = [
+            (group, self.prompts[row]) for group, row in enumerate(rows) for _ in range(rollout.answers_per_prompt)
+        ]
         sampling = Sampling(
             max_new_tokens=rollout.max_new_tokens,
             temperature=rollout.temperature,
@@ -174,7 +176,7 @@ class RolloutSource:
             old = self._logprobs(self.policy, samples)
         if reuse and (worst := float((old - samples.engine_logprobs)[samples.response_mask].abs().amax())) > 1e-3:
             raise EngineError(
-                f"rollout.reuse_engine_logprobs: the sampler's log-probs differ from the policy's by {worst:.1e}, more than"
+                f"rollout.reuse_engine_logprobs: the sampler's log-probs differ from the policy's by {worst:.1e}, above"
                 " 1e-3; set it to false (needed with bfloat16)"
             )
         if self.value is not None:

@@ -7,21 +7,25 @@ Memory at its peak, in bytes, for a stage that learns:
   + learning       16 each: a float32 weight, its gradient and AdamW's two moments
   + activations    what the backward pass keeps of the largest micro-batch: for every padded token and every layer that
                    learns or lies above one that does, KEPT numbers for each input and output of a linear layer
-  + logits         LOGITS numbers for each of the vocabulary's entries, for a chunk of CHUNK tokens at a time
+  + logits         LOGITS numbers for each entry of the vocabulary, for CHUNK tokens at a time
 
-Time is floating-point operations divided by the speed of a matrix product measured on the spot, times OVERHEAD. With N
+While sampling, keys and values of every answer decoded at once take the place of activations. Against SmolLM2-135M's
+real peaks this was right to 8 % (adapters on 4, 16 and 30 layers, and full weights).
+
+Time is floating-point operations, divided by the speed of a matrix product measured on the spot, times OVERHEAD. With N
 weights in the layers passed, a token costs 2 N forward; backward 2 N in the layers that hold adapters, 4 N with full
-weights. Logits are taken for answers alone. Attention between tokens is left out: sequences are short here.
+weights. Logits are taken of answers alone. Attention between tokens is left out: sequences are short here.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -39,21 +43,24 @@ from dressage.config import (
     TrainingConfig,
 )
 from dressage.data.order import batch_indices, length_sorted_chunks, steps_per_epoch
+from dressage.errors import DataError
 from dressage.models.files import role_meta
 from dressage.models.lora import Backbone
 from dressage.models.pretrained import compute_dtype, model_shape
+from dressage.monitor.writers import clock
 
 Records = Literal["demonstrations", "rankings", "prompts"]
 Read = Callable[[Records, DataConfig, ModelConfig, int], Any]
 """Reads, splits and encodes records: an object with `train` and `heldout`."""
+Said = dict[str, str]
 
-PROCESS_BYTES = 0.45e9
-KEPT = 1.3
-LOGITS, CHUNK = 3, 256
+PROCESS_BYTES = 0.43e9
+KEPT = 1.5
+LOGITS, CHUNK = 2, 256
 OVERHEAD = 1.5
 """Norms, attention, copies and Python beside the products; measured on SmolLM2-135M on two cores."""
-SIMULATED_STEPS = 200
-"""Steps of which the batches are laid out one by one; longer runs are extrapolated."""
+LAID_OUT = 200
+"""Steps of which the batches are laid out one by one; a longer run is taken to go on like them."""
 
 
 @dataclass(frozen=True)
@@ -62,17 +69,20 @@ class Shape:
 
     weights: int
     layer_weights: int
-    """In one decoder layer: what a token is multiplied with."""
+    """In the matrices of one decoder layer: what a token is multiplied with."""
     layer_ends: int
-    """Inputs and outputs of a layer's linear layers, added up."""
+    """Inputs and outputs of a layer's matrices, added up: also its adapter's weights for each rank."""
     depth: int
-    head_weights: int
-    """Vocabulary times width."""
+    width: int
     vocabulary: int
     cached: int
-    """Numbers that a layer keeps of a token while decoding."""
-    lora_weights: Mapping[int, int]
-    """Rank -> adapter weights of one layer."""
+    """Keys and values of a token in one layer."""
+    bytes_each: int
+
+    @property
+    def head(self) -> float:
+        """Operations for one token's logits."""
+        return 2.0 * self.width * self.vocabulary
 
 
 @dataclass(frozen=True)
@@ -80,18 +90,352 @@ class Reader:
     """A role, as far as cost goes: how many layers it reads, and which of them learn."""
 
     shape: Shape
-    learns: bool = False
     lora: LoraConfig | None = None
     depth: int | None = None
 
     @property
     def read(self) -> int:
-        """Layers passed through."""
+        """Layers that a token passes."""
         return min(self.depth or self.shape.depth, self.shape.depth)
 
     @property
     def learnt(self) -> int:
-        """Layers that the backward pass goes through."""
-        if not self.learns:
-            return 0
+        """Layers that learn, the uppermost of those read."""
         return self.read if self.lora is None or self.lora.layers is None else min(self.lora.layers, self.read)
+
+    @property
+    def learning(self) -> int:
+        """Weights that learn."""
+        return self.shape.weights if self.lora is None else self.learnt * self.shape.layer_ends * self.lora.rank
+
+    @property
+    def forward(self) -> float:
+        """Operations a token."""
+        return 2.0 * self.read * self.shape.layer_weights
+
+    @property
+    def training(self) -> float:
+        """Operations a token, forward and backward."""
+        return self.forward + (4.0 if self.lora is None else 2.0) * self.learnt * self.shape.layer_weights
+
+    @property
+    def kept_bytes(self) -> float:
+        """Of a padded token, for the backward pass."""
+        return KEPT * self.learnt * self.shape.layer_ends * self.shape.bytes_each
+
+
+class Row(NamedTuple):
+    """Tokens of each sequence of a record (a ranking has several), and how many of them are answers'."""
+
+    lengths: tuple[int, ...]
+    answers: int
+
+
+class Foresight:
+    """Looks at stages in order; what an earlier one will make is known to a later one by its settings."""
+
+    def __init__(self, read: Read) -> None:
+        self.read = read
+        self.made: dict[Path, Settings] = {}
+        self.seconds: list[float] = []
+        self.memory: list[float] = []
+
+    def of(self, settings: Settings, folder: Path) -> Said:
+        """What this stage reads, does, learns and takes; the same errors as the run itself for what it reads."""
+        match settings:
+            case SftConfig() | RewardConfig():
+                said = self._offline(settings)
+            case PpoConfig():
+                said = self._ppo(settings)
+            case SampleConfig():
+                said = self._sample(settings)
+            case EvaluateConfig():
+                said = self._evaluate(settings)
+            case RankConfig():
+                rows, known = self._rankings(settings)
+                said = {"data": f"{len(rows)} rankings{_if_known(known)}"}
+            case _:
+                said = {}
+        self.made[folder] = settings
+        return said
+
+    def altogether(self) -> list[str]:
+        """A line for a whole pipeline."""
+        if len(self.made) < 2:
+            return []
+        return [
+            f"altogether about {clock(sum(self.seconds))}, at most about {max(self.memory, default=0) / 1e9:.1f} GB"
+        ]
+
+    # --- kinds of stages ----------------------------------------------------------------------------------------------
+
+    def _offline(self, config: SftConfig | RewardConfig) -> Said:
+        model = self._model(config.model)
+        kind: Records = "demonstrations" if isinstance(config, SftConfig) else "rankings"
+        train, heldout, known = self._rows(kind, config.data, config.model, config.seed)
+        training = config.training
+        steps = training.steps or training.epochs * steps_per_epoch(len(train), training.batch_size)
+        laid = [
+            [train[i] for i in batch_indices(len(train), training.batch_size, step, config.seed)]
+            for step in range(min(steps, LAID_OUT))
+        ]
+        cut = [list(_cut(rows, training)) for rows in laid]
+        shape = shape_of(model)
+        reader = Reader(shape, config.lora, getattr(config, "depth", None))
+        padded = fmean(sum(sizes) for sizes in cut)
+        answers = fmean(sum(row.answers for row in rows) for rows in laid) if kind == "demonstrations" else 0.0
+        looks = 2 + (steps // training.evaluate_every if training.evaluate_every else 0)
+        flops = steps * (padded * reader.training + answers * 2 * shape.head)
+        flops += looks * sum(sum(row.lengths) for row in heldout) * reader.forward
+        sequences = "" if kind == "demonstrations" else f" of {fmean(len(row.lengths) for row in train):.1f} answers"
+        return {
+            "data": f"{len(train)} rows{sequences} to learn from, {len(heldout)} held out; {_lengths(train)}{_if_known(known)}",
+            "work": f"{steps} steps of {training.batch_size} rows, each one update in {_span(cut)} micro-batches of at most"
+            f" {max(max(sizes) for sizes in cut)} padded tokens; {padded:.0f} tokens a step",
+            **self._taken([reader], shape.weights, max(max(sizes) for sizes in cut), flops),
+        }
+
+    def _ppo(self, config: PpoConfig) -> Said:
+        rollout, training = config.rollout, config.training
+        prompts, _, known = self._rows("prompts", config.prompts, config.model, config.seed)
+        shape = shape_of(self._model(config.model))
+        depth, reward_lora = self._reward_model(config.reward_model)
+        policy, judge = Reader(shape, config.lora), Reader(shape, reward_lora, depth)
+        learners = [policy, judge] if config.value.start == "reward" else [policy]
+        answers, steps = rollout.prompts_per_step * rollout.answers_per_prompt, training.steps or 1
+        size = config.minibatch_size or answers
+        asked = [
+            Row((prompts[i].lengths[0] + rollout.max_new_tokens,), rollout.max_new_tokens)
+            for i in batch_indices(len(prompts), rollout.prompts_per_step, 0, config.seed)
+            for _ in range(rollout.answers_per_prompt)
+        ]
+        cut = [list(_cut(asked[start : start + size], training)) for start in range(0, len(asked), size)]
+        tokens, new = sum(sum(row.lengths) for row in asked), len(asked) * rollout.max_new_tokens
+        # Sampling; then the reference's and, unless the engine's are taken, the policy's log-probs; then the reward.
+        scored = 1 if rollout.reuse_engine_logprobs and config.value.start == "reward" else 2
+        flops = tokens * policy.forward + new * shape.head
+        flops += scored * (tokens * policy.forward + new * shape.head)
+        flops += len(learners) * tokens * judge.forward
+        flops += config.reuse * (sum(tokens * learner.training for learner in learners) + new * 2 * shape.head)
+        updates = config.reuse * len(cut)
+        ptx = ""
+        if config.ptx is not None:
+            rows, _, _ = self._rows("demonstrations", config.ptx.data, config.model, config.seed)
+            length = fmean(row.lengths[0] for row in rows)
+            flops += updates * config.ptx.batch_size * length * policy.training
+            ptx = f", and {config.ptx.batch_size} demonstrations of {length:.0f} tokens in each update"
+        cache = min(rollout.max_batch, answers) * max(row.lengths[0] for row in asked) * shape.depth * shape.cached
+        copies = 1 if config.lora is not None else 2  # the reference is then a model of its own
+        most = max(max(sizes) for sizes in cut)
+        return {
+            "data": f"{len(prompts)} prompts; {_lengths(prompts)}{_if_known(known)}",
+            "work": f"{steps} rounds of {rollout.prompts_per_step} prompts x {rollout.answers_per_prompt} answers = {answers}"
+            f" answers of at most {rollout.max_new_tokens} tokens; {updates} updates a round ({config.reuse} x {answers} /"
+            f" {size}), each in {_span(cut)} micro-batches of at most {most} padded tokens; {tokens} tokens a round{ptx}",
+            **self._taken(learners, copies * shape.weights, most, steps * flops, cache * shape.bytes_each),
+        }
+
+    def _sample(self, config: SampleConfig) -> Said:
+        prompts, known = self._prompts(config)
+        shape = shape_of(self._model(config.model))
+        reader, answers = Reader(shape), len(prompts) * config.answers_per_prompt
+        tokens = sum(row.lengths[0] + config.max_new_tokens for row in prompts) * config.answers_per_prompt
+        flops = tokens * reader.forward + answers * config.max_new_tokens * shape.head
+        longest = max(row.lengths[0] for row in prompts) + config.max_new_tokens
+        cache = min(config.max_batch, answers) * longest * shape.depth * shape.cached * shape.bytes_each
+        return {
+            "data": f"{len(prompts)} prompts; {_lengths(prompts)}{_if_known(known)}",
+            "work": f"{len(prompts)} prompts x {config.answers_per_prompt} answers = {answers} answers of at most"
+            f" {config.max_new_tokens} tokens, {min(config.max_batch, answers)} at once",
+            **self._taken([], shape.weights, 0, flops * (2 if config.measure_kl else 1), cache),
+        }
+
+    def _evaluate(self, config: EvaluateConfig) -> Said:
+        (before, known), (after, also) = (self._answers(path) for path in (config.before, config.after))
+        said = {"data": f"{before} answers before, {after} after{_if_known(known and also)}"}
+        if config.reward_model is None:
+            return said
+        shape = shape_of(self._model(config.model))
+        depth, lora = self._reward_model(config.reward_model)
+        tokens = sum(self._tokens(path) for path in (config.before, config.after))
+        return said | self._taken([], shape.weights, 0, tokens * Reader(shape, lora, depth).forward)
+
+    def _taken(
+        self, learners: Sequence[Reader], weights: int, micro_batch: int, flops: float, cache_bytes: float = 0.0
+    ) -> Said:
+        """Memory and time in words, remembered for the sum."""
+        shape = learners[0].shape if learners else None
+        each = shape.bytes_each if shape else 4
+        learning = sum(learner.learning for learner in learners)
+        memory = PROCESS_BYTES + weights * each
+        if shape is not None:
+            own = [learner for learner in learners if learner.lora is None]
+            memory += 16 * learning - sum(learner.shape.weights * each for learner in own)
+            activations = micro_batch * sum(learner.kept_bytes for learner in learners)
+            activations += LOGITS * CHUNK * shape.vocabulary * 4
+            memory += max(activations, cache_bytes)
+        else:
+            memory += cache_bytes
+        speed = product_speed(torch.bfloat16 if each == 2 else torch.float32)
+        seconds = OVERHEAD * flops / speed
+        self.memory.append(memory)
+        self.seconds.append(seconds)
+        said = {"learns": f"{learning:,} of {weights:,} weights"} if learners else {}
+        return said | {
+            "memory": f"about {memory / 1e9:.1f} GB",
+            "time": f"about {clock(seconds)} ({flops:.1e} operations, products at {speed / 1e9:.0f} GFLOP/s)",
+        }
+
+    # --- what a stage reads -------------------------------------------------------------------------------------------
+
+    def _maker(self, path: str) -> Any:
+        """The settings of the stage that will make this file or folder; None if it is there, or no stage's."""
+        if Path(path).exists():
+            return None
+        return next((settings for folder, settings in self.made.items() if Path(path).is_relative_to(folder)), None)
+
+    def _model(self, model: ModelConfig) -> ModelConfig:
+        """A model of the same shape and tokenizer that is there: the one from which a stage to come begins."""
+        maker = self._maker(model.name)
+        return model if maker is None else self._model(model.model_copy(update={"name": maker.model.name}))
+
+    def _reward_model(self, folder: str) -> tuple[int | None, LoraConfig | None]:
+        maker = self._maker(folder)
+        if maker is not None:
+            return maker.depth, maker.lora
+        meta = role_meta(Path(folder))
+        return meta["depth"], LoraConfig(**meta["lora"]) if "lora" in meta else None
+
+    def _rows(
+        self, kind: Records, data: DataConfig, model: ModelConfig, seed: int
+    ) -> tuple[list[Row], list[Row], bool]:
+        """What is learnt from and what is held out, and whether that is known or guessed from settings."""
+        if all(self._maker(source) is None for source in (*data.sources, *data.heldout)):
+            rows = self.read(kind, data, self._model(model), seed)
+            return [_row(row) for row in rows.train], [_row(row) for row in rows.heldout], True
+        train, heldout = (
+            [row for path in paths for row in self._coming(path)] for paths in (data.sources, data.heldout)
+        )
+        if not heldout and data.heldout_fraction:
+            kept = max(1, round(len(train) * (1 - data.heldout_fraction)))
+            train, heldout = train[:kept], train[kept:]
+        return train, heldout, False
+
+    def _coming(self, path: str) -> list[Row]:
+        """Rows of a file that a stage to come will write, at their longest."""
+        maker = self._maker(path)
+        if isinstance(maker, RankConfig):
+            return self._rankings(maker)[0]
+        if isinstance(maker, SampleConfig):
+            new = maker.max_new_tokens
+            return [
+                Row((row.lengths[0] + new,) * maker.answers_per_prompt, new * maker.answers_per_prompt)
+                for row in self._prompts(maker)[0]
+            ]
+        raise DataError(f"{path}: no such file, and no stage before this one makes it")
+
+    def _prompts(self, config: SampleConfig) -> tuple[list[Row], bool]:
+        data = config.prompts.model_copy(update={"heldout_fraction": 0.0})
+        rows, _, known = self._rows("prompts", data, config.model, config.seed)
+        return rows, known
+
+    def _rankings(self, config: RankConfig) -> tuple[list[Row], bool]:
+        if config.rankings is not None:
+            # Which model they are for is not known here, so their tokens are not: a guess by their words.
+            rows, _, _ = self._rows(
+                "rankings",
+                DataConfig(sources=(config.rankings,), heldout_fraction=0.0, max_tokens=10**9),
+                ModelConfig(),
+                config.seed,
+            )
+            return rows, True
+        assert config.answers is not None
+        if self._maker(config.answers) is not None:
+            return self._coming(config.answers), False
+        return [Row((), 0)] * self._answers(config.answers)[0], True
+
+    def _tokens(self, path: str) -> float:
+        """Of all first answers with their prompts; of a file that is there a guess, three letters to a token."""
+        if self._maker(path) is not None:
+            return sum(row.lengths[0] for row in self._coming(path))
+        return Path(path).stat().st_size / 3
+
+    def _answers(self, path: str) -> tuple[int, bool]:
+        """Prompts answered in an answers.jsonl that is there or to come."""
+        if self._maker(path) is not None:
+            return len(self._coming(path)), False
+        try:
+            with Path(path).open(encoding="utf-8") as lines:
+                return sum(1 for line in lines if line.strip()), True
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror}); make it with `dressage sample`") from error
+
+
+@cache
+def shape_of(model: ModelConfig) -> Shape:
+    """The sizes of a model, built of nothing but its configuration; no memory is taken for weights."""
+    from transformers import AutoModelForCausalLM
+
+    config = model_shape(model)
+    with torch.device("meta"):
+        built = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+    backbone, text = Backbone(built), config.get_text_config()
+    matrices = [weight.shape for weight in backbone.layers[0].parameters() if weight.dim() == 2]
+    per_head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return Shape(
+        weights=sum(weight.numel() for weight in built.parameters()),
+        layer_weights=sum(rows * columns for rows, columns in matrices),
+        layer_ends=sum(rows + columns for rows, columns in matrices),
+        depth=backbone.depth,
+        width=backbone.width,
+        vocabulary=text.vocab_size,
+        cached=2 * per_head * (getattr(text, "num_key_value_heads", None) or text.num_attention_heads),
+        bytes_each=compute_dtype(model.dtype).itemsize,
+    )
+
+
+@cache
+def product_speed(dtype: torch.dtype, seconds: float = 0.2) -> float:
+    """Floating-point operations a second in matrix products of a small model's size, on this machine."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    left, right = torch.ones(256, 576, dtype=dtype, device=device), torch.ones(576, 1536, dtype=dtype, device=device)
+    ends = time.perf_counter() + seconds
+    fastest = seconds
+    while (began := time.perf_counter()) < ends:
+        left @ right
+        if device == "cuda":
+            torch.cuda.synchronize()
+        # The fastest: the first sets up threads and kernels, others are disturbed.
+        fastest = min(fastest, time.perf_counter() - began)
+    return 2.0 * 256 * 576 * 1536 / fastest
+
+
+def _row(encoded: Any) -> Row:
+    """Of a prompt, a demonstration or a ranking."""
+    if hasattr(encoded, "ranks"):
+        return Row(
+            tuple(len(answer.tokens) for answer in encoded.answers), sum(sum(a.loss_mask) for a in encoded.answers)
+        )
+    return Row((len(encoded.tokens),), sum(getattr(encoded, "loss_mask", ())))
+
+
+def _cut(rows: Sequence[Row], training: TrainingConfig) -> Iterator[int]:
+    """Padded tokens of each micro-batch of an update, cut as the update cuts them."""
+    lengths = [length for row in rows for length in row.lengths]
+    group = [number for number, row in enumerate(rows) for _ in row.lengths]
+    for chunk in length_sorted_chunks(lengths, training.micro_batch_tokens, group):
+        yield len(chunk) * max(lengths[i] for i in chunk)
+
+
+def _span(cut: Sequence[Sequence[int]]) -> str:
+    low, high = min(map(len, cut)), max(map(len, cut))
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _lengths(rows: Sequence[Row]) -> str:
+    lengths = [length for row in rows for length in row.lengths]
+    return f"{fmean(lengths):.0f} tokens each, {max(lengths)} the longest"
+
+
+def _if_known(known: bool) -> str:
+    return "" if known else " (at most: known once the stages before have run)"

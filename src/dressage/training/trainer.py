@@ -79,7 +79,7 @@ def train(
     """Runs, or goes on with, a training run in `folder` up to `total_steps`.
 
     `open_monitor(start_step, seconds_before)` opens the run's log. An interrupted run continues from its newest
-    checkpoint and gives the same weights and metrics as one that never stopped: every random draw comes from (seed, step).
+    checkpoint and gives the same weights and metrics as one that never stopped: all random draws come from (seed, step).
     CheckpointError if the checkpoints in `folder` belong to other settings.
     """
     start, before = _resume(source, learner, folder, settings_hash)
@@ -94,7 +94,10 @@ def train(
             drawn = time.perf_counter()
             measured = _learn(learner, round_.updates)
             seconds = time.perf_counter() - drawn
-            measured |= {"time/update_seconds": seconds, "tokens_per_second": measured["tokens"] / (time.perf_counter() - begun)}
+            measured |= {
+                "time/update_seconds": seconds,
+                "tokens_per_second": measured["tokens"] / (time.perf_counter() - begun),
+            }
             measured |= round_.metrics
             measured |= source.learnt(step, measured)
             done = step + 1
@@ -102,12 +105,19 @@ def train(
                 done == total_steps or (config.evaluate_every and done % config.evaluate_every == 0)
             ):
                 measured |= evaluate()
-            monitor.log(done, {NAMES.get(name, name): v for name, v in measured.items() if NAMES.get(name, name) in METRICS})
+            monitor.log(
+                done, {NAMES.get(name, name): v for name, v in measured.items() if NAMES.get(name, name) in METRICS}
+            )
             for sample in round_.samples:
                 monitor.sample(done, sample.prompt, sample.answer, sample.reward, sample.finish)
             if done == total_steps or (config.checkpoint_every and done % config.checkpoint_every == 0):
                 spent = before + time.perf_counter() - began
-                state = {"source": source.state(), "seconds": spent, "settings": settings_hash, "updates": learner.updates}
+                state = {
+                    "source": source.state(),
+                    "seconds": spent,
+                    "settings": settings_hash,
+                    "updates": learner.updates,
+                }
                 checkpoint = Checkpoint(done, learner.optimizer.weights(), learner.optimizer.moments(), state)
                 save_checkpoint(folder, checkpoint, config.keep_checkpoints)
 
@@ -143,4 +153,3 @@ def _resume(source: BatchSource, learner: Learner, folder: Path, settings_hash: 
 
 def _mix(seed: int, step: int) -> int:
     return (seed * 1_000_003 + step * 7_919 + 17) % 2**63
-

@@ -13,7 +13,17 @@ from dressage.algorithms.aggregate import Totals, aggregate, aggregate_pairs, co
 from dressage.algorithms.catalog import Algorithm
 from dressage.algorithms.policy_gradient import PolicyGradientSettings, ppo_statistics
 from dressage.algorithms.reward_modeling import ranking_pairs, ranking_statistics
-from dressage.batches import Batch, Experience, Mask, PreferenceBatch, SupervisedBatch, TokenScores, select, to_device
+from dressage.batches import (
+    Batch,
+    Experience,
+    Mask,
+    PreferenceBatch,
+    SupervisedBatch,
+    TokenScores,
+    select,
+    to_device,
+    trimmed,
+)
 from dressage.data.order import length_sorted_chunks
 from dressage.models.roles import Role
 from dressage.models.scoring import score_sequences, score_tokens, score_values
@@ -59,20 +69,16 @@ class Learner:
 
     def _learn(self, batch: SupervisedBatch | PreferenceBatch | Experience) -> Iterator[Sums]:
         """Backward through every micro-batch; its share of each measure."""
-        match batch:
-            case SupervisedBatch():
-                totals = count([batch.loss_mask])
-                for piece in self._pieces(batch):
-                    yield self._supervised(piece, totals)
-            case PreferenceBatch():
-                better, _ = ranking_pairs(batch.group, batch.rank)
-                totals = rankings_total([batch.group[better]])
-                for piece in self._pieces(batch, by=batch.group):
-                    yield self._preference(piece, totals)
-            case Experience():
-                totals = count([batch.response_mask], self.max_length)
-                for piece in self._pieces(batch):
-                    yield self._experience(piece, totals)
+        if isinstance(batch, SupervisedBatch):
+            totals = count([batch.loss_mask])
+            yield from (self._supervised(piece, totals) for piece in self._pieces(batch))
+        elif isinstance(batch, PreferenceBatch):
+            better, _ = ranking_pairs(batch.group, batch.rank)
+            totals = rankings_total([batch.group[better]])
+            yield from (self._preference(piece, totals) for piece in self._pieces(batch, by=batch.group))
+        else:
+            totals = count([batch.response_mask], self.max_length)
+            yield from (self._experience(piece, totals) for piece in self._pieces(batch))
 
     def _supervised(self, batch: SupervisedBatch, totals: Totals) -> Sums:
         scores = score_tokens(self.policy, batch.tokens, batch.attention_mask, batch.loss_mask)
@@ -110,14 +116,16 @@ class Learner:
         shares = {f"loss/{name}": aggregate(term, mask, totals, weigh) for name, term in terms.items()}
         watched = ppo_statistics(_detached(scores), None if values is None else values.detach(), batch, settings)
         measures = {
-            _MEASURES[name]: float(aggregate(value, mask, totals)) for name, value in watched.items() if name in _MEASURES
+            _MEASURES[name]: float(aggregate(value, mask, totals))
+            for name, value in watched.items()
+            if name in _MEASURES
         }
         # Before a round's first step the ratio is 1, unless sampling and learning disagree.
         measures[WORST] = float((watched["ratio"] - 1).abs().masked_fill(~mask, 0.0).amax())
         return _backward(shares) | measures | {"tokens": _size(batch.attention_mask)}
 
     def _pieces(self, batch: Batch, by: Tensor | None = None) -> Iterator[Batch]:
-        """Micro-batches of at most `micro_batch_tokens` padded tokens, rows of like length together, groups kept whole."""
+        """Micro-batches of at most `micro_batch_tokens` padded tokens, rows of like length together, groups whole."""
         for rows in pieces(batch.attention_mask, self.micro_batch_tokens, by):
             yield trimmed(to_device(select(batch, rows), self.policy.backbone.device))
 
@@ -145,16 +153,6 @@ def pieces(attention_mask: Mask, max_tokens: int, by: Tensor | None = None) -> I
     lengths = attention_mask.sum(-1).tolist()
     for rows in length_sorted_chunks(lengths, max_tokens, None if by is None else by.tolist()):
         yield torch.tensor(rows)
-
-
-def trimmed(batch: Batch) -> Batch:
-    """Without the columns that are padding in every row (on the right)."""
-    width = int(batch.attention_mask.any(0).nonzero().amax()) + 1
-    columns = {
-        name: value[:, :width] if isinstance(value, Tensor) and value.dim() == 2 else value
-        for name, value in vars(batch).items()
-    }
-    return type(batch)(**columns)
 
 
 def _backward(shares: dict[str, Tensor]) -> Sums:
