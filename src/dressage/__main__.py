@@ -1,0 +1,5 @@
+"""`python -m dressage` is `dressage`."""
+
+from dressage.cli import main
+
+main()

@@ -1,0 +1,358 @@
+"""The verbs: settings are read, work is handed on, errors become lines. What is slow to load waits inside a verb."""
+
+from __future__ import annotations
+
+import errno
+import json
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperGroup
+
+from dressage.errors import DressageError
+
+if TYPE_CHECKING:
+    from dressage.config import Settings
+
+NOT_TO_BE_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+class Verbs(TyperGroup):
+    """The verbs, and the one place where what went wrong becomes a line and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs a verb: 2 after an error that the user can put right, 130 after Ctrl-C."""
+        debug = bool(ctx.params.get("debug"))
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning  # type: ignore[assignment]
+                return super().invoke(ctx)
+        except DressageError as error:
+            _complain(str(error), getattr(error, "__notes__", ()), debug)
+            raise typer.Exit(error.exit_code) from error
+        except OSError as error:
+            if error.errno not in NOT_TO_BE_WRITTEN:
+                raise
+            place = f"{error.filename}: " if error.filename else ""
+            _complain(f"{place}{error.strerror}; put that right and give the same command again", debug=debug)
+            raise typer.Exit(DressageError.exit_code) from error
+        except KeyboardInterrupt as error:
+            _complain("", ["interrupted; the same command goes on from the last checkpoint"], debug)
+            raise typer.Exit(130) from error
+
+
+def _complain(message: str, notes: Sequence[str] = (), debug: bool = False) -> None:
+    if debug:
+        traceback.print_exc()
+    for line in message.splitlines():
+        print(f"error: {line}", file=sys.stderr)
+    for note in notes:
+        print(note, file=sys.stderr)
+
+
+def _show_warning(message: Warning | str, *_: Any) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+app = typer.Typer(cls=Verbs, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name, or a YAML file.")]
+StageRecipe = Annotated[
+    str | None, typer.Argument(metavar="RECIPE", help="A shipped recipe's name, or a YAML file; none: settings only.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="SETTING=VALUE", help="Settings that overrule the recipe's, such as training.epochs=2."),
+]
+Out = Annotated[Path | None, typer.Option("--out", help="Folder for all that is made; else the recipe's own.")]
+StageOut = Annotated[Path | None, typer.Option("--out", help="Folder for all that is made; else runs/RECIPE.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and say what it will cost; train nothing.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib import metadata
+
+        try:
+            version = metadata.version("dressage")
+        except metadata.PackageNotFoundError:
+            version = "of a source tree, not installed"
+        typer.echo(f"dressage {version}")
+        raise typer.Exit
+
+
+@app.callback()
+def _dressage(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show where an error came from.", envvar="DRESSAGE_DEBUG")
+    ] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which.")] = False,
+) -> None:
+    """Train language models from human feedback: demonstrations, rankings, a reward model, PPO, evaluation, chat."""
+
+
+@app.command()
+def quickstart(
+    overrides: Overrides = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Another seed gives another run.")] = None,
+    rankings: Annotated[
+        Path | None, typer.Option("--rankings", help="People's rankings, instead of the simulated annotator's.")
+    ] = None,
+    out: Out = None,
+    dry_run: DryRun = False,
+) -> None:
+    """The whole loop on the packaged small model, on a CPU in minutes, with a report."""
+    chosen = [] if seed is None else [f"seed={seed}"]
+    if rankings is not None:
+        # Nothing is simulated then: no answers are sampled to be ranked, and no hidden preference judges.
+        chosen += [
+            "stages.samples=null",
+            "stages.rank.answers=null",
+            f"stages.rank.rankings={json.dumps(str(rankings))}",
+        ]
+        chosen += ["stages.ppo.gold=null", "stages.evaluate.judge=reward"]
+    _run_pipeline("quickstart", [*chosen, *(overrides or ())], out, dry_run)
+
+
+@app.command()
+def run(recipe: Recipe, overrides: Overrides = None, out: Out = None, dry_run: DryRun = False) -> None:
+    """A pipeline of stages: skips what is done, goes on where it was stopped."""
+    _run_pipeline(recipe, overrides or [], out, dry_run)
+
+
+def _stage_verb(kind: str, what: str) -> None:
+    @app.command(kind, help=what)
+    def verb(
+        recipe: StageRecipe = None, overrides: Overrides = None, out: StageOut = None, dry_run: DryRun = False
+    ) -> None:
+        _run_one_stage(kind, recipe, overrides or [], out, dry_run)
+
+
+for _kind, _what in {
+    "sft": "Learn demonstrations: supervised fine-tuning.",
+    "reward": "Learn rankings: a reward model.",
+    "ppo": "Train the policy against a reward model.",
+    "sample": "A model's answers to prompts.",
+    "rank": "Order those answers: by the simulated annotator, or by people, whose file is checked and taken over.",
+    "evaluate": "Compare two models' answers to the same prompts.",
+}.items():
+    _stage_verb(_kind, _what)
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help='A folder with a model or an adapter, a hub name, or "packaged".')],
+    system: Annotated[str | None, typer.Option("--system", help="How the model is to behave.")] = None,
+    thinking: Annotated[
+        bool | None, typer.Option("--thinking/--no-thinking", help="Thinking mode, where the model has one.")
+    ] = None,
+    temperature: Annotated[float, typer.Option("--temperature", min=0, help="0 takes the likeliest word.")] = 0.7,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")] = 256,
+    seed: Annotated[int, typer.Option("--seed", help="Another seed gives other answers.")] = 1,
+) -> None:
+    """Talk to a model, or to a base with adapters."""
+    console = _console()
+    with console.status("loading the model"):
+        _quiet()
+        from dressage.assemble import build_template
+        from dressage.config import ModelConfig
+        from dressage.models.files import load_backbone, role_meta
+        from dressage.models.pretrained import ROLE_FILE
+        from dressage.rollout.native import NativeEngine
+        from dressage.schema import Sampling
+        from dressage.serving.chat import chat as talk
+
+        # A role was trained with a template and a system turn: it is asked in the same way.
+        saved = role_meta(Path(model))["model"] if (Path(model) / ROLE_FILE).is_file() else {}
+        config = ModelConfig(**(saved | {"name": model}))
+        template = build_template(config)
+        engine = NativeEngine(
+            load_backbone(config).model, stop_tokens=template.stop_tokens, pad_token=template.pad_token, max_batch=1
+        )
+    sampling = Sampling(max_new_tokens, temperature=temperature, seed=seed)
+    talk(engine, template, sampling=sampling, system=system, thinking=thinking, console=console)
+
+
+class Language(StrEnum):
+    """Of a report."""
+
+    en = "en"
+    zh = "zh"
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="A run's folder, or one stage's.")],
+    language: Annotated[Language, typer.Option("--language", help="Of the headings and explanations.")] = Language.en,
+) -> None:
+    """Write a run's report.html again."""
+    from dressage.monitor.report import write_report
+
+    typer.echo(write_report(folder, language=language.value))
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this recipe.")] = None,
+) -> None:
+    """The recipes that are shipped."""
+    from dressage import config
+
+    if name is not None:
+        config.read_yaml(name)
+        typer.echo(config.recipes().get(name, Path(name)).read_text(encoding="utf-8").rstrip())
+        return
+    table = Table("recipe", "verb", "what it does", box=None, pad_edge=False)
+    for known in config.recipes():
+        raw = config.read_yaml(known)
+        table.add_row(known, "run" if "stages" in raw else raw.get("kind", ""), raw.get("description", ""))
+    _console().print(table)
+
+
+def main() -> None:
+    """The command `dressage`."""
+    app(prog_name="dressage")
+
+
+# --- running stages ---------------------------------------------------------------------------------------------------
+
+
+def _run_pipeline(recipe: str, overrides: Sequence[str], out: Path | None, dry_run: bool) -> None:
+    from dressage import config
+
+    overrides = [*overrides, *([] if out is None else [f"folder={json.dumps(str(out))}"])]
+    plan, stages = config.load_pipeline(recipe, overrides)
+    if dry_run:
+        _foretell(stages, Path(plan.folder))
+        return
+    from dressage.pipeline import locked
+
+    with locked(Path(plan.folder)):
+        told = {"recipe": recipe, "overrides": overrides, **plan.model_dump(mode="json")}
+        _run_stages(told, stages, Path(plan.folder), _console())
+
+
+def _run_stages(told: Mapping[str, Any], stages: Mapping[str, Settings], folder: Path, console: Console) -> None:
+    from dressage.pipeline import write_json
+
+    for number, (name, settings) in enumerate(stages.items(), start=1):
+        kind = getattr(settings, "kind", name)
+        _say(console, f"[bold]{number} of {len(stages)}  {name}[/]" + ("" if kind == name else f" [dim]({kind})[/]"))
+        try:
+            _run_stage(name, settings, folder / name, console)
+        except DressageError as error:
+            if number > 1:
+                error.add_note(f"stopped at {name}; the stages before it stay, and the same command goes on from here")
+            raise
+        # Not before: a run that cannot even begin leaves nothing behind.
+        write_json(folder / "pipeline.json", told)
+    from dressage.monitor.report import write_report
+    from dressage.stages import summarise
+
+    summary = summarise(folder)
+    _show_summary(summary, console)
+    _say(console, f"report: {write_report(folder)}")
+
+
+def _run_one_stage(kind: str, recipe: str | None, overrides: Sequence[str], out: Path | None, dry_run: bool) -> None:
+    from dressage.config import load_stage
+
+    if recipe is not None and "=" in recipe:
+        overrides = [recipe, *overrides]
+        recipe = None
+    settings = load_stage(kind, recipe, overrides)
+    folder = out or Path("runs") / (Path(recipe).stem if recipe else kind)
+    if dry_run:
+        _foretell({folder.name: settings}, folder.parent)
+        return
+    console = _console()
+    _say(console, f"[bold]{kind}[/] -> {folder}")
+    _run_stage(folder.name, settings, folder, console)
+    from dressage.monitor.report import write_report
+
+    _say(console, f"report: {write_report(folder)}")
+
+
+def _run_stage(name: str, settings: Settings, folder: Path, console: Console) -> None:
+    _quiet()
+    from dressage import pipeline, stages
+    from dressage.monitor.writers import clock
+
+    began = time.perf_counter()
+    status = pipeline.run_stage(name, settings, folder, lambda config, place: stages.work(config, place, console))
+    said = {
+        "skipped": "skipped: done before, with these very settings and inputs",
+        "resumed": f"gone on with, and done, in {clock(time.perf_counter() - began)}",
+        "done": f"done in {clock(time.perf_counter() - began)}",
+    }
+    _say(console, f"  [green]{said[status]}[/]")
+
+
+def _foretell(stages: Mapping[str, Settings], folder: Path) -> None:
+    """What each stage will take, without doing any of it."""
+    _quiet()
+    from dressage.assemble import build_rows, build_template
+    from dressage.training.preflight import Foresight
+
+    console = _console()
+    template = cache(build_template)
+    foresight = Foresight(cache(lambda kind, data, model, seed: build_rows(kind, data, template(model), seed)))
+    for number, (name, settings) in enumerate(stages.items(), start=1):
+        _say(console, f"[bold]{number} of {len(stages)}  {name}[/] [dim]({getattr(settings, 'kind', name)})[/]")
+        for label, text in foresight.of(settings, folder / name).items():
+            _say(console, f"  {label:<8} {text}")
+    for line in foresight.altogether():
+        _say(console, line)
+
+
+def _show_summary(summary: Mapping[str, Any], console: Console) -> None:
+    from dressage.monitor.writers import clock
+
+    def pair(name: str, form: str) -> str:
+        return " -> ".join(format(summary[f"{name}_{side}"], form) for side in ("sft", "ppo"))
+
+    rows = {
+        "win rate": "{win_rate:.0%} ({win_rate_low:.0%} to {win_rate_high:.0%}), judged by {judge}",
+        "reward model": "orders {reward_accuracy:.0%} of held-out pairs rightly",
+        "KL": "{kl_per_answer:.2f} nats an answer",
+    }
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, text in rows.items():
+        try:
+            table.add_row(name, text.format(**summary))
+        except KeyError:  # not every pipeline measures everything
+            continue
+    for key, form in {"gold": ".2f", "length": ".1f", "finished": ".0%", "distinct": ".0%"}.items():
+        if f"{key}_sft" in summary and f"{key}_ppo" in summary:
+            table.add_row(f"{key}, before -> after", pair(key, form))
+    table.add_row("time", clock(summary["seconds"]["total"]))
+    table.add_row("memory", f"{summary['peak_rss_gb']:.1f} GB at its peak")
+    console.print(table)
+    if summary.get("simulated"):
+        _say(console, "[yellow]The rankings were SIMULATED: this shows that the machinery works, no more.[/]")
+
+
+def _console() -> Console:
+    return Console(highlight=False)
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, soft_wrap=True)
+
+
+def _quiet() -> None:
+    """transformers' own bars and advice are not about what the user asked for."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
