@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,10 +14,16 @@ import transformers
 from torch import Tensor
 from torch.testing import assert_close
 
-from dressage.errors import EngineError
+from dressage.config import LoraConfig
+from dressage.errors import EngineError, ModelError
+from dressage.experience.build import tensors_of
+from dressage.models.lora import Backbone
+from dressage.models.pretrained import packaged_folder
+from dressage.models.roles import Role
+from dressage.models.scoring import score_tokens
 from dressage.rollout.huggingface import HuggingFaceEngine
 from dressage.rollout.native import NativeEngine, filled
-from dressage.schema import Completion, Prompt, Sampling
+from dressage.schema import Completion, Prompt, Rollout, Sampling
 
 VOCABULARY = 61
 SMALL: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -273,9 +277,10 @@ def test_huggingface_samples_at_temperature_with_its_own_seeds() -> None:
 
 @pytest.mark.real_model
 def test_greedy_on_a_real_model() -> None:
-    folder = os.environ.get("DRESSAGE_TEST_MODEL")
-    if not folder or not Path(folder).is_dir():
-        pytest.skip("set DRESSAGE_TEST_MODEL to a folder with a small model")
+    try:
+        folder = packaged_folder()
+    except ModelError as error:
+        pytest.skip(str(error))
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     texts = ["The capital of France is", "Water boils at", "One, two, three, four,"]
@@ -284,3 +289,24 @@ def test_greedy_on_a_real_model() -> None:
     oracle = HuggingFaceEngine(model, stop_tokens=[stop], pad_token=stop, max_batch=1)
     answers = engine_of(model, stop).generate(prompts, sampling)
     assert [a.tokens for a in answers] == [e.tokens for e in oracle.generate(prompts, sampling)]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "opt"])
+def test_the_engine_and_the_trainer_see_one_policy(name: str) -> None:
+    """With an adapter on, mixed lengths and a temperature: the sampler's log-probabilities are the trainer's."""
+    backbone = Backbone(model_of(name))
+    backbone.add_adapter("policy", LoraConfig(rank=4), seed=1)
+    with torch.no_grad():
+        for key, parameter in backbone.adapter_state("policy").items():
+            if "lora_B" in key:
+                parameter.normal_(0, 0.3)
+    policy = Role(backbone, "policy")
+    engine = NativeEngine(backbone.model, stop_tokens=[2], pad_token=0, active=policy.speaking, max_batch=3)
+    asked = PROMPTS * 2
+    answers = engine.generate(asked, Sampling(max_new_tokens=10, temperature=0.7, seed=3))
+    rollouts = [Rollout(prompt, answer, "", 0) for prompt, answer in zip(asked, answers, strict=True)]
+    samples = tensors_of(rollouts, 0)
+    with torch.no_grad():
+        scores = score_tokens(policy, samples.tokens, samples.attention_mask, samples.response_mask, temperature=0.7)
+    assert_close(scores.logprobs, samples.engine_logprobs, rtol=0, atol=1e-4)
+    assert int(samples.response_mask.sum()) == sum(len(answer.tokens) for answer in answers)

@@ -1,4 +1,4 @@
-"""Roles on disk: adapters in the peft format, heads beside them, safetensors only; loaded, they give the same numbers."""
+"""Roles on disk: adapters in the peft format, heads beside them, safetensors only; loading changes no number."""
 
 from __future__ import annotations
 

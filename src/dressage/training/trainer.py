@@ -79,7 +79,7 @@ def train(
     """Runs, or goes on with, a training run in `folder` up to `total_steps`.
 
     `open_monitor(start_step, seconds_before)` opens the run's log. An interrupted run continues from its newest
-    checkpoint and gives the same weights and metrics as one that never stopped: all random draws come from (seed, step).
+    checkpoint and gives the same weights and metrics as one that never stopped: all draws come from (seed, step).
     CheckpointError if the checkpoints in `folder` belong to other settings.
     """
     start, before = _resume(source, learner, folder, settings_hash)
