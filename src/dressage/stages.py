@@ -46,7 +46,8 @@ from dressage.pipeline import settings_hash, write_json
 from dressage.rewards.learned import score_rows
 from dressage.schema import Completion, Message, Prompt, Rollout, Sampling
 from dressage.training.batch_sources import DatasetSource, RolloutSource, logprobs_of
-from dressage.training.trainer import train
+from dressage.training.trainer import BatchSource, train
+from dressage.training.update import Learner
 
 ANSWERS, RANKINGS, EVALUATION, DATA = "answers.jsonl", "rankings.jsonl", "evaluation.json", "data.json"
 
@@ -67,17 +68,8 @@ def sft(config: SftConfig, folder: Path, console: Console | None) -> None:
     def measure() -> dict[str, float]:
         return {"loss/heldout": learner.measure(collate(rows.heldout))["loss"]}
 
-    train(
-        DatasetSource(rows.train, collate, config.training.batch_size, config.seed),
-        learner,
-        folder=folder,
-        total_steps=steps,
-        config=config.training,
-        seed=config.seed,
-        settings_hash=settings_hash(config),
-        open_monitor=assemble.open_monitor(folder, "sft", steps, console),
-        evaluate=measure if rows.heldout else None,
-    )
+    source = DatasetSource(rows.train, collate, config.training.batch_size, config.seed)
+    _train(source, learner, config, folder, steps, console, measure if rows.heldout else None)
     save_role(folder / "policy", policy, "policy", config.model, tokenizer=template.tokenizer)
 
 
@@ -99,17 +91,8 @@ def reward(config: RewardConfig, folder: Path, console: Console | None) -> None:
         measured = learner.measure(collate(rows.heldout))
         return {"loss/heldout": measured["loss"], "accuracy/heldout": measured["accuracy"]}
 
-    train(
-        DatasetSource(rows.train, collate, config.training.batch_size, config.seed),
-        learner,
-        folder=folder,
-        total_steps=steps,
-        config=config.training,
-        seed=config.seed,
-        settings_hash=settings_hash(config),
-        open_monitor=assemble.open_monitor(folder, "reward", steps, console),
-        evaluate=measure if rows.heldout else None,
-    )
+    source = DatasetSource(rows.train, collate, config.training.batch_size, config.seed)
+    _train(source, learner, config, folder, steps, console, measure if rows.heldout else None)
     assert role.head is not None
     if config.normalise_on is not None:
         rollouts = _read_answers(Path(config.normalise_on), template)
@@ -194,19 +177,32 @@ def ppo(config: PpoConfig, folder: Path, console: Console | None) -> None:
         ptx=ptx,
         gold=_gold if config.gold == "simulated" else None,
     )
+    _train(source, assemble.build_learner(row, policy, config, updates, value=value), config, folder, steps, console)
+    if value is not None:
+        save_role(folder / "value", value, "value", config.model)
+    save_role(folder / "policy", policy, "policy", config.model, tokenizer=template.tokenizer)
+
+
+def _train(
+    source: BatchSource,
+    learner: Learner,
+    config: SftConfig | RewardConfig | PpoConfig,
+    folder: Path,
+    steps: int,
+    console: Console | None,
+    evaluate: Callable[[], Mapping[str, float]] | None = None,
+) -> None:
     train(
         source,
-        assemble.build_learner(row, policy, config, updates, value=value),
+        learner,
         folder=folder,
         total_steps=steps,
         config=config.training,
         seed=config.seed,
         settings_hash=settings_hash(config),
-        open_monitor=assemble.open_monitor(folder, "ppo", steps, console),
+        open_monitor=assemble.open_monitor(folder, config.kind, steps, console),
+        evaluate=evaluate,
     )
-    if value is not None:
-        save_role(folder / "value", value, "value", config.model)
-    save_role(folder / "policy", policy, "policy", config.model, tokenizer=template.tokenizer)
 
 
 def _gold(rollout: Rollout) -> float:

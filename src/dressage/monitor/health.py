@@ -303,7 +303,7 @@ CHECKS: Mapping[str, tuple[Check, ...]] = {
         Check("distinct/share", _distinct, "raise kl.coef, or stop earlier"),
         Check("ratio/first_max_error", _first_ratio, "run `dressage doctor`: dropout, or two temperatures"),
         Check("engine/max_logprob_difference", _engine, "rollout.engine, or rollout.reuse_engine_logprobs=false"),
-        Check("loss/ptx", _rehearsal, "raise ptx.coef or kl.coef"),
+        Check("loss/ptx", _rehearsal, "raise settings.ptx_coef or kl.coef"),
         _GRADIENT,
     ),
 }
