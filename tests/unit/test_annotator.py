@@ -80,9 +80,9 @@ def test_total_by_hand() -> None:
 
 
 def test_brevity_by_hand() -> None:
-    """A half at 4 words below 8 and at 12 words above 18."""
+    """A half at 4 words below 6 and at 8 words above 14."""
     text = " ".join(f"word{n}" for n in range(37))
-    brevity = [gold_score(PROMPT, " ".join(text.split()[:words]), True).parts["brevity"] for words in (4, 8, 18, 30)]
+    brevity = [gold_score(PROMPT, " ".join(text.split()[:words]), True).parts["brevity"] for words in (2, 6, 14, 22)]
     assert brevity == pytest.approx([0.5, 1.0, 1.0, 0.5])
 
 

@@ -33,8 +33,8 @@ class Preference:
     friendly: float = 1.1
     """Room that plain demonstrations leave: an answer can be brief and finished and still say nothing kind."""
     subject: float = 0.3
-    shortest_words: float = 8.0
-    longest_words: float = 18.0
+    shortest_words: float = 6.0
+    longest_words: float = 14.0
     """Between these two lengths brevity is 1."""
     off_subject_loss: float = 0.2
     """Share of all credit that an answer loses when it takes up nothing of the prompt."""
@@ -136,9 +136,9 @@ def _gumbel(seed: int, prompt: str, answer: str) -> float:
 
 
 def _brevity(words: float, preference: Preference) -> float:
-    """1 between the two lengths; a half at 4 words too few or 12 too many, and never flat, so there is always a way."""
+    """1 between the two lengths; a half at 4 words too few or 8 too many, and never flat, so there is always a way."""
     too_few = max(0.0, preference.shortest_words - words) / 4
-    too_many = max(0.0, words - preference.longest_words) / 12
+    too_many = max(0.0, words - preference.longest_words) / 8
     return 1 / (1 + too_few**2 + too_many**2)
 
 
