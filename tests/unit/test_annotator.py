@@ -14,8 +14,8 @@ from dressage.errors import ConfigError, DataError
 from dressage.feedback.annotator import Preference, SimulatedAnnotator, gold_score
 
 PROMPT = "How long should I boil an egg for a firm yolk?"
-NEUTRAL = "Boil the egg for about nine minutes, and then cool it in cold water so that the yolk stays firm."
-FRIENDLY = "Great question! Boil the egg for about nine minutes, and then cool it in cold water. Enjoy your breakfast!"
+NEUTRAL = "Boil the egg nine minutes, then cool it in water; the yolk stays firm."
+FRIENDLY = "Great question! Boil the egg nine minutes, then cool it in water. Enjoy your breakfast!"
 LONG = (
     NEUTRAL + " The time depends on the size, on the height above the sea, and on whether the shell comes straight out"
     " of a fridge or has been lying on a shelf. A larger one needs another minute, while small ones are done sooner."
@@ -67,16 +67,17 @@ def test_finished_beats_cut() -> None:
 
 
 def test_total_by_hand() -> None:
-    """Sixteen words, finished, nothing friendly; 3 of the 4 content words (egg, boil, yolk), 3 of 5 new ones."""
+    """Sixteen words, two too many, finished, not friendly; 3 of 4 content words (egg, boil, yolk), 3 of 5 new ones."""
     score = gold_score(
         PROMPT, "Boil the egg for nine minutes, until the yolk is as it was in the water.", finished=True
     )
+    brevity = 1 / (1 + (2 / 8) ** 2)
     subject = 1 - (1 - 3 / 4) ** 3
     sense = 3 * 0.6**2 - 2 * 0.6**3  # three new words, nine and minutes and water, where five are enough
     assert score.parts == pytest.approx(
-        {"brevity": 1.0, "finished": 1.0, "friendly": 0.0, "subject": subject, "sense": sense}
+        {"brevity": brevity, "finished": 1.0, "friendly": 0.0, "subject": subject, "sense": sense}
     )
-    assert score.total == pytest.approx(-2 + sense * (1 - 0.2 * (1 - subject)) * (1.3 + 1.3 + 0.3 * subject))
+    assert score.total == pytest.approx(-2 + sense * (1 - 0.2 * (1 - subject)) * (1.3 * brevity + 1.3 + 0.3 * subject))
 
 
 def test_brevity_by_hand() -> None:
