@@ -392,18 +392,19 @@ def work(config: Settings, folder: Path, console: Console | None) -> None:
 
 def summarise(folder: Path) -> dict[str, Any]:
     """summary.json of a pipeline's folder, from its stages' manifests and its evaluation."""
-    manifests = {
-        path.parent.name: json.loads(path.read_text(encoding="utf-8"))
-        for path in sorted(folder.glob("*/stage.json"))
-        if ".old-" not in path.parent.name
-    }
+
+    def products(name: str) -> list[Path]:
+        """Of the stages as they are now, not of those that were moved aside."""
+        return [path for path in sorted(folder.glob(f"*/{name}")) if ".old-" not in path.parent.name]
+
+    manifests = {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in products("stage.json")}
     seconds = {name: manifest.get("seconds", 0.0) for name, manifest in manifests.items()}
     summary: dict[str, Any] = {
         "seconds": seconds | {"total": round(sum(seconds.values()), 3)},
         "peak_rss_gb": max((manifest.get("peak_rss_gb", 0.0) for manifest in manifests.values()), default=0.0),
         "simulated": any(manifest.get("simulated") for manifest in manifests.values()),
     }
-    for path in folder.glob(f"*/{EVALUATION}"):
+    for path in products(EVALUATION):
         found = json.loads(path.read_text(encoding="utf-8"))
         found.pop("examples", None)
         accuracy = found.pop("reward_accuracy", None)
@@ -412,7 +413,7 @@ def summarise(folder: Path) -> dict[str, Any]:
             summary["reward_accuracy_high"] = accuracy["high"]
         summary |= found
     if "reward_accuracy" not in summary:
-        for path in folder.glob("*/accuracy.json"):
+        for path in products("accuracy.json"):
             summary["reward_accuracy"] = json.loads(path.read_text(encoding="utf-8"))["accuracy"]
     write_json(folder / "summary.json", summary)
     return summary
