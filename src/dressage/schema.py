@@ -71,15 +71,6 @@ class Ranking:
 
 
 @dataclass(frozen=True)
-class Rating:
-    """One answer and a number a judge gave it."""
-
-    prompt: Prompt
-    answer: str
-    score: float
-
-
-@dataclass(frozen=True)
 class Sampling:
     """How answers are drawn. Sample k of a prompt depends on (seed, prompt, k) alone, not on its batch."""
 
