@@ -111,6 +111,17 @@ def _prepare(kind: Records, records: Sequence[Any], data: DataConfig, template: 
             return prepare_prompts(records, template, **limits)  # type: ignore[arg-type]
 
 
+def learning_model(config: SftConfig | RewardConfig | PpoConfig) -> ModelConfig:
+    """The model as it is loaded to learn: where all weights do, they are float32 (steps get lost in bfloat16)."""
+    if config.lora is not None:
+        return config.model
+    if config.model.dtype == "bfloat16":
+        raise ConfigError(
+            "lora=null with model.dtype=bfloat16: whole weights learn in float32; set model.dtype=float32"
+        )
+    return config.model.model_copy(update={"dtype": "float32"})
+
+
 def build_role(
     backbone: Backbone,
     name: str,
@@ -214,7 +225,8 @@ def build_value(config: PpoConfig, reward_model: Role) -> Role | None:
 def build_reward_model(config: PpoConfig, backbone: Backbone, own: ChatTemplate) -> tuple[Role, LearnedReward]:
     """The reward model, on the policy's base where it can be, and the scorer made of it."""
     folder = Path(config.reward_model)
-    role = load_reward_model(folder, backbone, config.model)
+    # Where all weights of the policy learn, the reward model must not stand on them: it has its own.
+    role = load_reward_model(folder, backbone if config.lora is not None else None, config.model)
     role.backbone.freeze_base()
     for parameter in role.parameters().values():
         parameter.requires_grad_(False)
@@ -227,7 +239,7 @@ def build_reward_model(config: PpoConfig, backbone: Backbone, own: ChatTemplate)
 
 def build_reference(config: PpoConfig, backbone: Backbone) -> Role:
     """The model the policy must stay near: adapters off, or a frozen copy where all weights learn."""
-    return Role(backbone) if config.lora is not None else Role(load_backbone(config.model))
+    return Role(backbone) if config.lora is not None else Role(load_backbone(learning_model(config)))
 
 
 def open_monitor(folder: Path, kind: str, steps: int, console: Console | None) -> Callable[[int, float], Monitor]:

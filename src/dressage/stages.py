@@ -57,7 +57,7 @@ def sft(config: SftConfig, folder: Path, console: Console | None) -> None:
     template = assemble.build_template(config.model)
     rows = assemble.build_rows("demonstrations", config.data, template, config.seed)
     _note(folder, rows.notes, console)
-    backbone = load_backbone(config.model)
+    backbone = load_backbone(assemble.learning_model(config))
     policy = assemble.build_role(backbone, "policy", config.lora, seed=config.seed)
     steps = assemble.total_steps(config.training, len(rows.train))
     learner = assemble.build_learner(algorithm("sft"), policy, config, steps)
@@ -78,7 +78,7 @@ def reward(config: RewardConfig, folder: Path, console: Console | None) -> None:
     template = assemble.build_template(config.model)
     rows = assemble.build_rows("rankings", config.data, template, config.seed)
     _note(folder, rows.notes, console)
-    backbone = load_backbone(config.model)
+    backbone = load_backbone(assemble.learning_model(config))
     head = ScalarHead.for_reward(backbone.width, config.seed)
     role = assemble.build_role(backbone, "reward", config.lora, seed=config.seed, head=head, depth=config.depth)
     steps = assemble.total_steps(config.training, len(rows.train))
@@ -155,7 +155,7 @@ def ppo(config: PpoConfig, folder: Path, console: Console | None) -> None:
             config.seed,
         )
     _note(folder, rows.notes, console)
-    backbone = load_backbone(config.model)
+    backbone = load_backbone(assemble.learning_model(config))
     reward_model, scorer = assemble.build_reward_model(config, backbone, template)
     value = assemble.build_value(config, reward_model)
     trunk = ScalarHead(backbone.width) if value is None and "value" in row.roles else None

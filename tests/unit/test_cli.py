@@ -341,3 +341,24 @@ def test_micro_batches_are_cut_as_the_update_cuts_them(tiny_model: Path) -> None
     wanted = [len(rows) * max(lengths[i] for i in rows.tolist()) for rows in pieces(mask, 18)]
     rows = [Row((length,), 0) for length in lengths]
     assert list(_cut(rows, TrainingConfig(micro_batch_tokens=18))) == wanted
+
+
+def test_whole_weights_learn_against_a_reward_model_that_stands_still(
+    dressage: Command, recipe: Path, tmp_path: Path
+) -> None:
+    """With lora=null the policy's weights move; the reward model, trained as an adapter on the same base, must not."""
+    from dressage import assemble, config
+    from dressage.models.files import load_backbone
+
+    changed = ["stages.ppo.lora=null", "stages.ppo.value.start=zero"]
+    ran_well(dressage("run", recipe, "--out", tmp_path / "run", *changed, "stages.after.measure_kl=false"))
+    assert (tmp_path / "run" / "ppo" / "policy" / "model.safetensors").is_file()
+
+    _, stages = config.load_pipeline(str(recipe), [f"folder={tmp_path / 'run'}", *changed])
+    settings = stages["ppo"]
+    assert isinstance(settings, config.PpoConfig)
+    backbone = load_backbone(assemble.learning_model(settings))
+    reward_model, _ = assemble.build_reward_model(settings, backbone, assemble.build_template(settings.model))
+    assemble.build_role(backbone, "policy", None, seed=1)
+    assert reward_model.backbone is not backbone
+    assert not any(parameter.requires_grad for parameter in reward_model.backbone.model.parameters())

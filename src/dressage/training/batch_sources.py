@@ -96,7 +96,7 @@ class RolloutSource:
         rewards = self.scorer.score(rollouts)
         samples = tensors_of(rollouts, self.template.pad_token)
         old_logprobs, values = self._own_scores(samples, step)
-        ref_logprobs = self._logprobs(self.reference, samples)
+        ref_logprobs = logprobs_of(self.reference, samples, config.rollout.temperature)
         settings = self.algorithm.settings
         assert isinstance(settings, PolicyGradientSettings) and self.algorithm.advantage is not None
         experience, report = build_experience(
@@ -170,10 +170,18 @@ class RolloutSource:
     def _own_scores(self, samples: Samples, step: int) -> tuple[PerToken, PerToken | None]:
         """The policy's log-probabilities before this round's first update, and the values."""
         reuse = self.config.rollout.reuse_engine_logprobs
-        old = samples.engine_logprobs
-        values = None
-        if not reuse or step == 0 or self.policy.head is not None:
-            old = self._logprobs(self.policy, samples)
+        temperature = self.config.rollout.temperature
+        old, values = samples.engine_logprobs, None
+        if self.policy.head is not None:
+
+            def both(*rows: Tensor) -> Tensor:
+                scores = score_tokens(self.policy, *rows, temperature=temperature)
+                assert scores.values is not None
+                return torch.stack((scores.logprobs, scores.values), -1)
+
+            old, values = _in_pieces(self.policy, samples, both, 2).unbind(-1)
+        elif not reuse or step == 0:
+            old = logprobs_of(self.policy, samples, temperature)
         if reuse and (worst := float((old - samples.engine_logprobs)[samples.response_mask].abs().amax())) > 1e-3:
             raise EngineError(
                 f"rollout.reuse_engine_logprobs: the sampler's log-probs differ from the policy's by {worst:.1e}, above"
@@ -182,12 +190,7 @@ class RolloutSource:
         if self.value is not None:
             value = self.value
             values = _in_pieces(value, samples, lambda *rows: score_values(value, *rows))
-        elif self.policy.head is not None:
-            values = _in_pieces(self.policy, samples, lambda *rows: _values(score_tokens(self.policy, *rows).values))
         return old, values
-
-    def _logprobs(self, role: Role, samples: Samples) -> PerToken:
-        return logprobs_of(role, samples, self.config.rollout.temperature)
 
     def _updates(self, experience: Experience, step: int) -> list[list[Experience | SupervisedBatch | PreferenceBatch]]:
         answers = len(experience.tokens)
@@ -208,8 +211,8 @@ def logprobs_of(role: Role, samples: Samples, temperature: float) -> PerToken:
     return _in_pieces(role, samples, lambda *rows: score_tokens(role, *rows, temperature=temperature).logprobs)
 
 
-def _in_pieces(role: Role, samples: Samples, score: Callable[[Tensor, Mask, Mask], PerToken]) -> PerToken:
-    result = torch.zeros(samples.tokens.shape)
+def _in_pieces(role: Role, samples: Samples, score: Callable[[Tensor, Mask, Mask], Tensor], *kinds: int) -> Tensor:
+    result = torch.zeros(*samples.tokens.shape, *kinds)
     with torch.no_grad():
         for rows in pieces(samples.attention_mask, SCORING_TOKENS):
             width = int(samples.attention_mask[rows].sum(-1).amax())
@@ -217,11 +220,6 @@ def _in_pieces(role: Role, samples: Samples, score: Callable[[Tensor, Mask, Mask
             tokens, mask, wanted = (field[rows, :width].to(role.backbone.device) for field in fields)
             result[rows, :width] = score(tokens, mask, wanted).float().cpu()
     return result
-
-
-def _values(values: PerToken | None) -> PerToken:
-    assert values is not None
-    return values
 
 
 def _measures(report: ExperienceReport) -> dict[str, float]:
