@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from dressage.algorithms.catalog import Algorithm, algorithm
+from dressage.algorithms.catalog import Algorithm
 from dressage.config import (
     DataConfig,
     LoraConfig,
@@ -196,14 +196,9 @@ def build_learner(
     )
 
 
-def build_algorithm(config: PpoConfig) -> Algorithm:
-    """The row of the catalog with this run's settings."""
-    return algorithm(config.algorithm).with_settings(config.settings)
-
-
-def build_value(config: PpoConfig, reward_model: Role) -> Role | None:
-    """The critic as a role of its own, begun from the reward model; None: a head on the policy's trunk."""
-    if config.value.start == "zero":
+def build_value(row: Algorithm, config: PpoConfig, reward_model: Role) -> Role | None:
+    """The critic as a role of its own, begun from the reward model. None: a head on the policy's trunk, or nothing."""
+    if "value" not in row.roles or config.value.start == "zero":
         return None
     folder = Path(config.reward_model)
     if not same_base(saved_model(folder), config.model):

@@ -150,6 +150,16 @@ for _kind, _what in {
 
 
 @app.command()
+def rl(recipe: StageRecipe = None, overrides: Overrides = None, out: StageOut = None, dry_run: DryRun = False) -> None:
+    """Train the policy by any method that samples: `rl grpo`, `rl trpo` ...; without a recipe by PPO's."""
+    overrides = overrides or []
+    if recipe is None or "=" in recipe:
+        overrides = [*([] if recipe is None else [recipe]), *overrides]
+        recipe = "ppo"
+    _run_one_stage("ppo", recipe, overrides, out, dry_run)
+
+
+@app.command()
 def chat(
     model: Annotated[str, typer.Argument(help='A folder with a model or an adapter, a hub name, or "packaged".')],
     system: Annotated[str | None, typer.Option("--system", help="How the model is to behave.")] = None,

@@ -75,7 +75,7 @@ class TrainingConfig(Settings):
     epochs: Positive = 1
     """Passes over the data; `steps` overrules it."""
     steps: Positive | None = None
-    """Optimizer steps (PPO: rounds of sampling and learning)."""
+    """Optimizer steps (reinforcement learning: rounds of sampling and learning)."""
     batch_size: Positive = 16
     """Records in one update (PPO takes rollout.prompts_per_step instead)."""
     micro_batch_tokens: Positive = 1024
@@ -131,7 +131,7 @@ class RolloutConfig(Settings):
 
 
 class ValueConfig(Settings):
-    """The critic."""
+    """The critic, for algorithms that have one."""
 
     start: Literal["reward", "zero"] = "reward"
     """reward: its own adapter and head, begun from the reward model's; zero: a head of zeros on the policy's trunk."""
@@ -160,6 +160,27 @@ class KlConfig(Settings):
     def _band_is_a_band(self) -> KlConfig:
         if self.low_per_answer >= self.high_per_answer:
             raise ValueError("low_per_answer must be below high_per_answer")
+        return self
+
+
+class OldKlConfig(Settings):
+    """How settings.old_kl_coef, the price of leaving the old policy, adapts to how far the last update had gone."""
+
+    controller: Literal["fixed", "proportional", "band"] = "band"
+    target_per_token: Above0 = 0.01
+    """proportional: nats a token to steer to."""
+    horizon_answers: Positive = 1000
+    """proportional: answers over which the coefficient adapts."""
+    low_per_token: NonNegative = 0.01 / 1.5
+    """band: below, the coefficient is divided by `factor` (Schulman et al. 2017, sec. 4)."""
+    high_per_token: Above0 = 0.01 * 1.5
+    """band: above, the coefficient is multiplied by `factor`."""
+    factor: Annotated[float, Field(gt=1)] = 2.0
+
+    @model_validator(mode="after")
+    def _band_is_a_band(self) -> OldKlConfig:
+        if self.low_per_token >= self.high_per_token:
+            raise ValueError("low_per_token must be below high_per_token")
         return self
 
 
@@ -212,12 +233,12 @@ class RewardConfig(StageConfig):
 
 
 class PpoConfig(StageConfig):
-    """Reinforcement learning against a reward model."""
+    """Reinforcement learning against a reward model, by PPO or another row of the catalog."""
 
     kind: Literal["ppo"] = "ppo"
     algorithm: str = "ppo"
     """A row of the catalog (dressage/algorithms/catalog.py)."""
-    settings: Mapping[str, float | bool] = {}
+    settings: Mapping[str, bool | int | float | None] = {}
     """What differs from the row's own settings: clip_low, clip_high, value_clip, value_coef, entropy_coef, gamma ..."""
     prompts: DataConfig
     reward_model: str
@@ -228,6 +249,7 @@ class PpoConfig(StageConfig):
     rollout: RolloutConfig = RolloutConfig()
     value: ValueConfig = ValueConfig()
     kl: KlConfig = KlConfig()
+    old_kl: OldKlConfig = OldKlConfig()
     ptx: PtxConfig | None = None
     reuse: Positive = 1
     """Passes over each round's samples."""
@@ -235,9 +257,12 @@ class PpoConfig(StageConfig):
     """Answers in one optimizer step; none: all of the round."""
     score_clip: Above0 | None = 5.0
     """Normalised scores are kept within plus and minus this."""
-    truncated: Literal["keep", "penalty", "mask"] = "penalty"
-    """Answers that met the length limit: as they are, minus `truncation_penalty`, or left out of the loss."""
+    truncated: Literal["keep", "penalty", "soft", "mask"] = "penalty"
+    """Answers that met the length limit: as they are, minus `truncation_penalty`, minus a share of it that grows over
+    the last `soft_tokens` before the limit, or left out of the loss."""
     truncation_penalty: NonNegative = 1.0
+    soft_tokens: Positive = 8
+    """soft: of rollout.max_new_tokens, so many at the end cost more and more (Yu et al. 2025, eq. 13)."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-4)
     training: TrainingConfig = TrainingConfig(steps=20, checkpoint_every=5)
 
@@ -259,8 +284,10 @@ class PpoConfig(StageConfig):
             raise ValueError("settings.ptx_coef needs ptx.data: which demonstrations to learn beside the reward")
         if self.value.start == "zero" and self.value.warmup_steps:
             raise ValueError('value.warmup_steps needs a critic with weights of its own: value.start="reward"')
-        if self.value.start == "reward" and self.lora is None:
-            raise ValueError('value.start="reward" needs lora: with full weights set value.start="zero"')
+        if self.truncated == "soft" and self.soft_tokens > self.rollout.max_new_tokens:
+            raise ValueError(
+                f"soft_tokens={self.soft_tokens} is more than rollout.max_new_tokens={self.rollout.max_new_tokens}"
+            )
         _refuse_dropout(self.lora)
         return self
 

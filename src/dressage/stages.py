@@ -46,6 +46,7 @@ from dressage.pipeline import settings_hash, write_json
 from dressage.rewards.learned import score_rows
 from dressage.schema import Completion, Message, Prompt, Rollout, Sampling
 from dressage.training.batch_sources import DatasetSource, RolloutSource, logprobs_of
+from dressage.training.online import online_algorithm, updates_per_round
 from dressage.training.trainer import BatchSource, train
 from dressage.training.update import Learner
 
@@ -142,7 +143,7 @@ def _lengths(rows: Sequence[EncodedRanking]) -> list[float]:
 
 def ppo(config: PpoConfig, folder: Path, console: Console | None) -> None:
     """Prompts and a reward model -> a policy that earns more: folder/policy."""
-    row = assemble.build_algorithm(config)
+    row = online_algorithm(config)
     template = assemble.build_template(config.model)
     rows = assemble.build_rows("prompts", config.prompts, template, config.seed)
     ptx = None
@@ -157,13 +158,12 @@ def ppo(config: PpoConfig, folder: Path, console: Console | None) -> None:
     _note(folder, rows.notes, console)
     backbone = load_backbone(assemble.learning_model(config))
     reward_model, scorer = assemble.build_reward_model(config, backbone, template)
-    value = assemble.build_value(config, reward_model)
+    value = assemble.build_value(row, config, reward_model)
     trunk = ScalarHead(backbone.width) if value is None and "value" in row.roles else None
     policy = assemble.build_role(backbone, "policy", config.lora, seed=config.seed, head=trunk)
-    answers = config.rollout.prompts_per_step * config.rollout.answers_per_prompt
     assert config.training.steps is not None
     steps = config.training.steps
-    updates = steps * config.reuse * (answers // (config.minibatch_size or answers))
+    updates = steps * updates_per_round(config)
     source = RolloutSource(
         config=config,
         algorithm=row,

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 
 from dressage.batches import Ints, Mask, PerSequence, PerToken
-from dressage.tensors import group_mean, group_size
+from dressage.tensors import group_mean, group_size, masked_mean
 
 
 class Advantage(Protocol):
@@ -27,6 +27,21 @@ def actor_critic(
     """Against a value model: `gae`."""
     assert values is not None, "an actor needs its critic's values"
     return gae(rewards, values, mask, gamma=gamma, lam=lam)
+
+
+def reward_to_go(
+    rewards: PerToken, values: PerToken | None, mask: Mask, group: Ints, *, gamma: float, lam: float
+) -> PerToken:
+    """Against nothing: the discounted rewards from each token on (`monte_carlo`)."""
+    return monte_carlo(rewards, mask, gamma=gamma)
+
+
+def against_batch(
+    rewards: PerToken, values: PerToken | None, mask: Mask, group: Ints, *, gamma: float, lam: float
+) -> PerToken:
+    """Against the mean reward-to-go of all the round's tokens: REINFORCE's baseline (Williams 1992)."""
+    came = monte_carlo(rewards, mask, gamma=gamma)
+    return (came - masked_mean(came, mask)).masked_fill(~mask, 0.0)
 
 
 def of_answers(compare: Callable[[PerSequence, Ints], PerSequence]) -> Advantage:

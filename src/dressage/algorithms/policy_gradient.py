@@ -1,13 +1,14 @@
-"""PPO: the clipped surrogate, the clipped value loss, and what to watch of them."""
+"""Policy gradients: what is maximised of a sampled token, the loss around it, and what to watch of both."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from dressage.algorithms.kl import k2, k3
-from dressage.batches import Experience, PerToken, TokenScores
+from dressage.batches import Experience, Mask, PerToken, TokenScores
 from dressage.errors import ConfigError
 
 
@@ -19,6 +20,8 @@ class PolicyGradientSettings:
     """The ratio to the old policy is not pushed below 1 - clip_low."""
     clip_high: float = 0.2
     """... nor above 1 + clip_high."""
+    dual_clip: float | None = None
+    """The loss of a token with a negative advantage is at most so many times its size; none: without bound."""
     value_clip: float | None = 0.2
     """A value moves at most so far from its old one at full gradient; none: not clipped."""
     value_coef: float = 0.1
@@ -26,7 +29,15 @@ class PolicyGradientSettings:
     entropy_coef: float = 0.0
     """Of the entropy, in nats a token, that is subtracted from the loss."""
     kl_loss_coef: float = 0.0
-    """Of k2 against the reference, in the loss. The KL in the reward has its own coefficient, which adapts."""
+    """Of the KL against the reference, in the loss. The KL in the reward has its own coefficient, which adapts."""
+    old_kl_coef: float = 0.0
+    """Of the KL from the old policy, in the loss: where an adapting coefficient begins."""
+    stop_kl: float | None = None
+    """A round's updates end once the policy is so far from the old one, in nats a token; none: all are made."""
+    max_kl: float | None = None
+    """An update moves the policy at most so far, in nats a token, by TRPO's own step; none: the optimizer's step."""
+    redraws: int = 0
+    """Further draws of prompts in a round, in place of those whose answers all score the same."""
     ptx_coef: float = 0.0
     """Of the mean loss of a token of demonstrations or pretraining text learnt in the same step; 0 is plain PPO."""
     gamma: float = 1.0
@@ -40,19 +51,79 @@ class PolicyGradientSettings:
         for name, high in {"clip_low": 1.0, "gamma": 1.0, "lam": 1.0}.items():
             if not 0 <= getattr(self, name) <= high:
                 raise ConfigError(f"settings.{name}={getattr(self, name)} must lie between 0 and {high:g}")
-        for name in ("clip_high", "value_clip", "value_coef", "entropy_coef", "kl_loss_coef", "ptx_coef"):
+        for name in (
+            *("clip_high", "value_clip", "value_coef", "entropy_coef", "kl_loss_coef", "old_kl_coef", "ptx_coef"),
+            "redraws",
+        ):
             if getattr(self, name) is not None and getattr(self, name) < 0:
                 raise ConfigError(f"settings.{name}={getattr(self, name)} must not be negative")
+        for name, low in {"stop_kl": 0.0, "max_kl": 0.0, "dual_clip": 1.0}.items():
+            if getattr(self, name) is not None and getattr(self, name) <= low:
+                raise ConfigError(f"settings.{name}={getattr(self, name)} must be above {low:g}")
 
 
-def clipped_surrogate(log_ratio: PerToken, advantages: PerToken, *, clip_low: float, clip_high: float) -> PerToken:
+Surrogate = Callable[[PerToken, PerToken, Mask, PolicyGradientSettings], PerToken]
+"""Of log pi_new - log pi_old, advantages and the mask: what is to be minimised for every token. Lower is better."""
+Estimator = Callable[[PerToken, PerToken], PerToken]
+
+
+def clipped_surrogate(
+    log_ratio: PerToken,
+    advantages: PerToken,
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None = None,
+) -> PerToken:
     """PPO's pessimistic objective for every token, negated: lower is better (Schulman et al. 2017, eq. 7).
 
-    `log_ratio` is log pi_new - log pi_old.
+    `log_ratio` is log pi_new - log pi_old. With `dual_clip` a bad token made much likelier costs no more than so many
+    times its advantage, and no longer pulls (Ye et al. 2020, eq. 5).
     """
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    return -torch.minimum(ratio * advantages, clipped * advantages)
+    objective = torch.minimum(ratio * advantages, clipped * advantages)
+    if dual_clip is not None:
+        objective = torch.where(advantages < 0, torch.maximum(objective, dual_clip * advantages), objective)
+    return -objective
+
+
+def clipped(log_ratio: PerToken, advantages: PerToken, mask: Mask, settings: PolicyGradientSettings) -> PerToken:
+    """`clipped_surrogate` of every token's own ratio (PPO)."""
+    return clipped_surrogate(
+        log_ratio,
+        advantages,
+        clip_low=settings.clip_low,
+        clip_high=settings.clip_high,
+        dual_clip=settings.dual_clip,
+    )
+
+
+def sequence_clipped(
+    log_ratio: PerToken, advantages: PerToken, mask: Mask, settings: PolicyGradientSettings
+) -> PerToken:
+    """`clipped_surrogate` of the whole answer's ratio, its length's root (GSPO: Zheng et al. 2025, eq. 5 and 7)."""
+    length = mask.sum(-1, keepdim=True).clamp(min=1)
+    of_answer = log_ratio.masked_fill(~mask, 0.0).sum(-1, keepdim=True) / length
+    return clipped(of_answer.expand_as(log_ratio), advantages, mask, settings)
+
+
+def unclipped(log_ratio: PerToken, advantages: PerToken, mask: Mask, settings: PolicyGradientSettings) -> PerToken:
+    """-ratio x advantage: for methods that bound the step by other means (Schulman et al. 2015, eq. 14)."""
+    return -log_ratio.exp() * advantages
+
+
+def likelihood(log_ratio: PerToken, advantages: PerToken, mask: Mask, settings: PolicyGradientSettings) -> PerToken:
+    """-advantage x log-probability, up to a constant: REINFORCE (Williams 1992)."""
+    return -advantages * log_ratio
+
+
+def weighted_likelihood(
+    log_ratio: PerToken, advantages: PerToken, mask: Mask, settings: PolicyGradientSettings
+) -> PerToken:
+    """REINFORCE under a clipped ratio as a weight: no token loses its gradient (CISPO: MiniMax 2025, eq. 4)."""
+    weight = log_ratio.detach().exp().clamp(1 - settings.clip_low, 1 + settings.clip_high)
+    return -weight * advantages * log_ratio
 
 
 def clipped_value_loss(values: PerToken, old_values: PerToken, returns: PerToken, *, clip: float | None) -> PerToken:
@@ -64,18 +135,22 @@ def clipped_value_loss(values: PerToken, old_values: PerToken, returns: PerToken
     return 0.5 * error
 
 
-def ppo_loss(
-    scores: TokenScores, values: PerToken | None, batch: Experience, settings: PolicyGradientSettings
+def policy_loss(
+    scores: TokenScores,
+    values: PerToken | None,
+    batch: Experience,
+    settings: PolicyGradientSettings,
+    *,
+    surrogate: Surrogate = clipped,
+    kl: Estimator = k2,
 ) -> dict[str, PerToken]:
     """Terms of the loss of every token, signed and weighted: their sum is the loss.
 
-    "policy"; "value" if the experience has returns; "entropy" and "kl" if their coefficients are above 0.
+    "policy"; "value" if the experience has returns; "entropy", "kl" (`kl` against the reference) and "old_kl" (k3 of
+    KL(old || new), Schulman et al. 2017, eq. 8) if their coefficients are above 0.
     """
-    terms = {
-        "policy": clipped_surrogate(
-            _log_ratio(scores, batch), batch.advantages, clip_low=settings.clip_low, clip_high=settings.clip_high
-        )
-    }
+    log_ratio = _log_ratio(scores, batch)
+    terms = {"policy": surrogate(log_ratio, batch.advantages, batch.response_mask, settings)}
     if batch.returns is not None:
         assert values is not None and batch.values is not None, "returns are the targets of a value model"
         terms["value"] = settings.value_coef * clipped_value_loss(
@@ -86,28 +161,33 @@ def ppo_loss(
         terms["entropy"] = -settings.entropy_coef * scores.entropy
     if settings.kl_loss_coef > 0:
         assert batch.ref_logprobs is not None, "a KL loss needs a reference"
-        terms["kl"] = settings.kl_loss_coef * k2(scores.logprobs, batch.ref_logprobs)
+        terms["kl"] = settings.kl_loss_coef * kl(scores.logprobs, batch.ref_logprobs)
+    if settings.old_kl_coef > 0:
+        terms["old_kl"] = settings.old_kl_coef * k3(torch.zeros_like(log_ratio), log_ratio)
     return terms
 
 
+def held_back(policy_term: PerToken, logprobs: PerToken, advantages: PerToken) -> PerToken:
+    """1 for every token that has an advantage and gets no gradient: where the clip took it away.
+
+    Both tensors still hang together; the graph behind them stays.
+    """
+    (gradient,) = torch.autograd.grad(policy_term.sum(), logprobs, retain_graph=True)
+    return ((gradient == 0) & (advantages != 0)).to(policy_term.dtype)
+
+
 @torch.no_grad()
-def ppo_statistics(
+def policy_statistics(
     scores: TokenScores, values: PerToken | None, batch: Experience, settings: PolicyGradientSettings
 ) -> dict[str, PerToken]:
     """What to watch of every token, without gradient; average it as the loss is.
 
-    "ratio" to the old policy; "clipped" and "value_clipped", 1 where the clip took the gradient away; "kl_update",
-    k3 of KL(old || new) in nats; "entropy" in nats, if scored.
+    "ratio" to the old policy; "value_clipped", 1 where the clip took the gradient away; "kl_update", k3 of
+    KL(old || new) in nats; "entropy" in nats, if scored.
     """
     log_ratio = _log_ratio(scores, batch)
     ratio = log_ratio.exp()
-    too_high = (ratio > 1 + settings.clip_high) & (batch.advantages > 0)
-    too_low = (ratio < 1 - settings.clip_low) & (batch.advantages < 0)
-    watched = {
-        "ratio": ratio,
-        "clipped": (too_high | too_low).to(ratio.dtype),
-        "kl_update": k3(torch.zeros_like(log_ratio), log_ratio),
-    }
+    watched = {"ratio": ratio, "kl_update": k3(torch.zeros_like(log_ratio), log_ratio)}
     if values is not None and batch.values is not None and batch.returns is not None:
         plain = clipped_value_loss(values, batch.values, batch.returns, clip=None)
         loss = clipped_value_loss(values, batch.values, batch.returns, clip=settings.value_clip)

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from dressage.algorithms.advantages import Advantage, actor_critic
 from dressage.algorithms.kl import k1
 from dressage.batches import Experience, Ints, Mask, PerSequence, PerToken
 from dressage.schema import Rollout
-from dressage.tensors import masked_mean, masked_var, pad_right, whiten
+from dressage.tensors import group_mean, masked_mean, masked_var, pad_right, whiten
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,41 @@ def tensors_of(rollouts: Sequence[Rollout], pad_token: int) -> Samples:
     )
 
 
+Truncated = Literal["keep", "penalty", "soft", "mask"]
+
+
+def earned(
+    scores: PerSequence,
+    finished: Mask,
+    length: Tensor,
+    *,
+    truncated: Truncated = "keep",
+    truncation_penalty: float = 0.0,
+    score_clip: float | None = None,
+    soft_tokens: int = 0,
+    max_length: int = 0,
+) -> PerSequence:
+    """Scores [B] clipped to +-score_clip, less what being too long costs; the KL comes later.
+
+    "penalty": an answer that was cut loses `truncation_penalty`. "soft": the more of it the further an answer of
+    `length` [B] reaches into the last `soft_tokens` before `max_length` (Yu et al. 2025, eq. 13).
+    """
+    kept = scores if score_clip is None else scores.clamp(-score_clip, score_clip)
+    match truncated:
+        case "penalty":
+            return kept - truncation_penalty * ~finished
+        case "soft":
+            into = (length - (max_length - soft_tokens)) / soft_tokens
+            return kept - truncation_penalty * into.clamp(0.0, 1.0)
+        case _:
+            return kept
+
+
+def unlike(scores: PerSequence, group: Ints) -> Mask:
+    """True for answers [B] of groups that do not all score the same: only those can be compared."""
+    return group_mean((scores - group_mean(scores, group)).square(), group) > 0
+
+
 @torch.no_grad()
 def build_experience(
     samples: Samples,
@@ -76,15 +112,19 @@ def build_experience(
     lam: float,
     whiten_advantages: bool,
     advantage: Advantage = actor_critic,
-    truncated: Literal["keep", "penalty", "mask"] = "keep",
+    baseline: PerSequence | None = None,
+    truncated: Truncated = "keep",
     truncation_penalty: float = 0.0,
     score_clip: float | None = None,
+    soft_tokens: int = 0,
+    max_length: int = 0,
 ) -> tuple[Experience, ExperienceReport]:
     """Experience of answers with these scores [B], and what they earned.
 
     A token's reward is -kl_coef (old - reference log-probability), the last token's also the answer's score (Ziegler et
-    al. 2019, eq. 2). The score is clipped to +-score_clip first. Answers the engine cut are kept as they are, lose
-    `truncation_penalty`, or are left out of the loss. Returns come before the advantages are whitened.
+    al. 2019, eq. 2). The score is clipped first, and pays for being too long, as `earned` says; or answers the engine
+    cut are left out of the loss. A `baseline` [B] is taken off every advantage of its answer. Returns come before the
+    advantages are whitened.
     """
     answer = samples.response_mask
     old_logprobs = old_logprobs.masked_fill(~answer, 0.0)
@@ -95,14 +135,23 @@ def build_experience(
         ref_logprobs = ref_logprobs.masked_fill(~answer, 0.0)
         kl = k1(old_logprobs, ref_logprobs)
     scores = scores.to(old_logprobs)
-    earned = scores if score_clip is None else scores.clamp(-score_clip, score_clip)
-    clipped_share = (earned != scores).float().mean()
-    if truncated == "penalty":
-        earned = earned - truncation_penalty * ~samples.finished
+    clipped_share = torch.zeros(()) if score_clip is None else (scores.abs() > score_clip).float().mean()
+    kept = earned(
+        scores,
+        samples.finished,
+        answer.sum(-1),
+        truncated=truncated,
+        truncation_penalty=truncation_penalty,
+        score_clip=score_clip,
+        soft_tokens=soft_tokens,
+        max_length=max_length,
+    )
     counted = answer & samples.finished[:, None] if truncated == "mask" else answer
 
-    rewards = -kl_coef * kl + earned[:, None] * _last(answer)
+    rewards = -kl_coef * kl + kept[:, None] * _last(answer)
     advantages = advantage(rewards, values, counted, samples.group, gamma=gamma, lam=lam)
+    if baseline is not None:
+        advantages = advantages - baseline.to(advantages)[:, None] * counted
     returns = None
     if values is not None:
         values = values.masked_fill(~answer, 0.0)

@@ -36,6 +36,13 @@ def score_tokens(
     )
 
 
+def score_logits(role: Role, tokens: Ints, attention_mask: Mask, wanted: Mask, *, temperature: float = 1.0) -> Tensor:
+    """Logits [N, V] of the N wanted tokens in fp32, all at once: for what needs a whole distribution twice derived."""
+    head = role.backbone.model.get_output_embeddings()
+    logits: Tensor = head(_before(role.hidden(tokens, attention_mask), wanted)).float()
+    return logits / temperature
+
+
 def score_values(role: Role, tokens: Ints, attention_mask: Mask, wanted: Mask) -> PerToken:
     """V(s_t) [B, T]: the value of the state in which token t is chosen, before it is; 0 where not wanted."""
     assert role.head is not None

@@ -106,12 +106,33 @@ _TABLE = (
         "slowly up to a few nats, not without end",
     ),
     Metric("kl/coef", "", "Price of one nat of that distance, in units of the reward."),
+    Metric("kl/old_coef", "", "Price of one nat away from the policy that wrote the answers, in the loss."),
     Metric(
         "kl/update_approx",
         "nats/token",
         "How far the updates of one step moved the policy, for an average token.",
         "0.0004 to 0.01",
         decimals=4,
+    ),
+    Metric(
+        "updates/made_share",
+        "share",
+        "Of the updates that a step had in store, those made before the policy had gone too far.",
+        decimals=0,
+    ),
+    Metric(
+        "trust_region/kl",
+        "nats/token",
+        "How far the bounded update moved the policy, over the whole vocabulary; 0: no step was good enough to take.",
+        "between half of settings.max_kl and all of it",
+        decimals=4,
+    ),
+    Metric(
+        "groups/alike_share",
+        "share",
+        "Prompts whose answers all scored the same: compared with each other they teach nothing.",
+        "below 50 %",
+        decimals=0,
     ),
     Metric(
         "clip/share",
@@ -135,7 +156,9 @@ _TABLE = (
         decimals=2,
     ),
     # Losses and gradients
-    Metric("loss/policy", "", "PPO's clipped objective, negated. Its size says little; it hovers about 0."),
+    Metric("loss/policy", "", "What is maximised of the policy, negated. Its size says little; it hovers about 0."),
+    Metric("loss/kl", "", "Price of moving away from the starting model, where it stands in the loss."),
+    Metric("loss/old_kl", "", "Price of moving away from the policy that wrote the answers."),
     Metric("loss/value", "", "Squared error of the critic's forecast of the reward.", "falls"),
     Metric(
         "loss/ptx",

@@ -12,22 +12,22 @@ from torch import Tensor
 
 from dressage.algorithms.catalog import Algorithm
 from dressage.algorithms.kl import band, proportional
-from dressage.algorithms.policy_gradient import PolicyGradientSettings
-from dressage.batches import Experience, Mask, PerToken, PreferenceBatch, SupervisedBatch, select
+from dressage.batches import Experience, Mask, PerSequence, PerToken, PreferenceBatch, SupervisedBatch, select
 from dressage.config import PpoConfig
 from dressage.data.order import batch_indices
 from dressage.data.template import ChatTemplate
 from dressage.errors import EngineError
 from dressage.experience.buffer import minibatches
-from dressage.experience.build import ExperienceReport, Samples, build_experience, tensors_of
+from dressage.experience.build import ExperienceReport, Samples, build_experience, earned, tensors_of, unlike
 from dressage.models.roles import Role
 from dressage.models.scoring import score_tokens, score_values
 from dressage.monitor.diversity import distinct
 from dressage.rewards.learned import Scorer
 from dressage.rollout.engine import Engine
-from dressage.schema import Prompt, Rollout, Sampling
-from dressage.training.trainer import Round, Sample
-from dressage.training.update import pieces
+from dressage.schema import Prompt, Reward, Rollout, Sampling
+from dressage.training.online import online_settings, updates_per_round
+from dressage.training.trainer import LAST_KL, Round, Sample
+from dressage.training.update import AnyBatch, pieces
 
 Row = TypeVar("Row")
 SCORING_TOKENS = 2048
@@ -68,6 +68,18 @@ class DatasetSource(Generic[Row]):
         """Nothing to restore."""
 
 
+@dataclass(frozen=True)
+class Draw:
+    """A round's answers with what they earned, and how they were come by."""
+
+    rollouts: Sequence[Rollout]
+    rewards: Sequence[Reward]
+    seconds: float
+    """Spent writing them."""
+    alike_share: float
+    """Of the prompts asked, those whose answers all scored the same."""
+
+
 @dataclass
 class RolloutSource:
     """Samples answers with the policy as it is, scores them, and builds Experience."""
@@ -84,24 +96,25 @@ class RolloutSource:
     ptx: DatasetSource[Any] | None = None
     gold: Callable[[Rollout], float] | None = None
     kl_coef: float = field(init=False)
+    old_kl_coef: float = field(init=False)
 
     def __post_init__(self) -> None:
         self.kl_coef = self.config.kl.coef
+        self.old_kl_coef = online_settings(self.algorithm).old_kl_coef
 
     def draw(self, step: int) -> Round:
         """A round: sample, score, build, cut into minibatches."""
         config, began = self.config, time.perf_counter()
-        rollouts = self._sample(step)
-        sampled = time.perf_counter()
-        rewards = self.scorer.score(rollouts)
+        drawn = self._draw(step)
+        rollouts, rewards = drawn.rollouts, drawn.rewards
         samples = tensors_of(rollouts, self.template.pad_token)
         old_logprobs, values = self._own_scores(samples, step)
         ref_logprobs = logprobs_of(self.reference, samples, config.rollout.temperature)
-        settings = self.algorithm.settings
-        assert isinstance(settings, PolicyGradientSettings) and self.algorithm.advantage is not None
+        settings = online_settings(self.algorithm)
+        assert self.algorithm.advantage is not None
         experience, report = build_experience(
             samples,
-            torch.tensor([reward.total for reward in rewards]),
+            _totals(rewards),
             old_logprobs,
             ref_logprobs,
             values,
@@ -110,62 +123,129 @@ class RolloutSource:
             lam=settings.lam,
             whiten_advantages=settings.whiten_advantages,
             advantage=self.algorithm.advantage,
-            truncated=config.truncated,
-            truncation_penalty=config.truncation_penalty,
-            score_clip=config.score_clip,
+            baseline=self._greedy_scores(step, rollouts) if self.algorithm.greedy_baseline else None,
+            **self._lengths_price,
         )
         metrics = _measures(report) | {
             "distinct/share": distinct(rollout.text for rollout in rollouts),
             "kl/coef": self.kl_coef,
-            "time/rollout_seconds": sampled - began,
-            "time/score_seconds": time.perf_counter() - sampled,
+            "time/rollout_seconds": drawn.seconds,
+            "time/score_seconds": time.perf_counter() - began - drawn.seconds,
         }
+        if values is not None:
+            metrics["value/explained_variance"] = report.explained_variance
+        if config.rollout.answers_per_prompt > 1:
+            metrics["groups/alike_share"] = drawn.alike_share
+        adapted = {}
+        if self.old_kl_coef:
+            adapted["old_kl_coef"] = metrics["kl/old_coef"] = self.old_kl_coef
         if self.gold is not None:
             metrics["gold/mean"] = sum(map(self.gold, rollouts)) / len(rollouts)
         shown = [
             Sample(rollout.prompt.text, rollout.text, reward.total, rollout.completion.finish)
             for rollout, reward in zip(rollouts[:SHOWN], rewards, strict=False)
         ]
-        return Round(self._updates(experience, step), metrics, shown)
+        return Round(self._updates(experience, step), metrics, shown, adapted)
 
     def learnt(self, step: int, metrics: Mapping[str, float]) -> Mapping[str, float]:
-        """Moves the price of KL by what this round's answers were away from the reference."""
-        kl, config = metrics["kl/reference_per_answer"], self.config.kl
+        """Moves the prices of KL: by how far this round's answers were from the reference, and its last update gone."""
         answers = self.config.rollout.prompts_per_step * self.config.rollout.answers_per_prompt
+        kl, config = metrics["kl/reference_per_answer"], self.config.kl
         match config.controller:
             case "proportional":
                 self.kl_coef = proportional(self.kl_coef, kl, config.target_per_answer, config.horizon_answers, answers)
             case "band":
                 self.kl_coef = band(self.kl_coef, kl, config.low_per_answer, config.high_per_answer, config.factor)
+        gone, old = metrics[LAST_KL], self.config.old_kl
+        match old.controller:
+            case "proportional":
+                self.old_kl_coef = proportional(
+                    self.old_kl_coef, gone, old.target_per_token, old.horizon_answers, answers
+                )
+            case "band":
+                self.old_kl_coef = band(self.old_kl_coef, gone, old.low_per_token, old.high_per_token, old.factor)
         self.engine.load_weights(step + 1)
         return {}
 
     def state(self) -> Mapping[str, Any]:
-        """The KL controller; answers are sampled anew from (seed, step)."""
-        return {"kl_coef": self.kl_coef}
+        """The KL controllers; answers are sampled anew from (seed, step)."""
+        return {"kl_coef": self.kl_coef, "old_kl_coef": self.old_kl_coef}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state`."""
-        self.kl_coef = float(state["kl_coef"])
+        self.kl_coef, self.old_kl_coef = float(state["kl_coef"]), float(state["old_kl_coef"])
 
-    def _sample(self, step: int) -> list[Rollout]:
+    def _draw(self, step: int) -> Draw:
+        """The round's answers. With redraws: of prompts whose answers differ in score, if so many can be found."""
+        tries = 1 + online_settings(self.algorithm).redraws
+        wanted = self.config.rollout.prompts_per_step * self.config.rollout.answers_per_prompt
+        kept: list[tuple[Rollout, Reward]] = []
+        seconds, asked, alike = 0.0, 0, 0
+        for number in range(step * tries, (step + 1) * tries):
+            began = time.perf_counter()
+            rollouts = self._sample(number, first_group=asked // self.config.rollout.answers_per_prompt)
+            seconds += time.perf_counter() - began
+            scored = list(zip(rollouts, self.scorer.score(rollouts), strict=True))
+            differ = unlike(self._earned(scored), torch.tensor([rollout.group for rollout in rollouts])).tolist()
+            asked, alike = asked + len(scored), alike + differ.count(False)
+            kept += [one for one, apart in zip(scored, differ, strict=True) if apart or tries == 1]
+            if len(kept) >= wanted:
+                break
+        # If nothing differs anywhere there is nothing to learn, but there are answers to report.
+        rows = kept[:wanted] or scored
+        return Draw([rollout for rollout, _ in rows], [reward for _, reward in rows], seconds, alike / asked)
+
+    def _sample(self, number: int, first_group: int) -> list[Rollout]:
+        """Answers to the prompts of this draw, counted over the whole run."""
         rollout = self.config.rollout
-        rows = batch_indices(len(self.prompts), rollout.prompts_per_step, step, self.config.seed)
-        asked = [
-            (group, self.prompts[row]) for group, row in enumerate(rows) for _ in range(rollout.answers_per_prompt)
-        ]
+        rows = batch_indices(len(self.prompts), rollout.prompts_per_step, number, self.config.seed)
+        prompts = [(group, self.prompts[row]) for group, row in enumerate(rows, start=first_group)]
+        asked = [one for one in prompts for _ in range(rollout.answers_per_prompt)]
+        return self._answers(asked, number, rollout.temperature)
+
+    def _answers(self, asked: Sequence[tuple[int, Prompt]], number: int, temperature: float) -> list[Rollout]:
+        rollout = self.config.rollout
         sampling = Sampling(
             max_new_tokens=rollout.max_new_tokens,
-            temperature=rollout.temperature,
+            temperature=temperature,
             top_p=rollout.top_p,
             top_k=rollout.top_k,
-            seed=self.config.seed * 1_000_003 + step,
+            seed=self.config.seed * 1_000_003 + number,
         )
         completions = self.engine.generate([prompt for _, prompt in asked], sampling)
         return [
             Rollout(prompt, completion, self.template.decode(completion.tokens), group)
             for (group, prompt), completion in zip(asked, completions, strict=True)
         ]
+
+    def _greedy_scores(self, step: int, rollouts: Sequence[Rollout]) -> PerSequence:
+        """For every answer [B] what the likeliest answer to its prompt earns (Li et al. 2024, eq. 5)."""
+        prompts = {rollout.group: rollout.prompt for rollout in rollouts}
+        likeliest = self._answers(list(prompts.items()), step, temperature=0.0)
+        scores = self._earned(list(zip(likeliest, self.scorer.score(likeliest), strict=True))).tolist()
+        of_group = dict(zip(prompts, scores, strict=True))
+        return torch.tensor([of_group[rollout.group] for rollout in rollouts])
+
+    def _earned(self, scored: Sequence[tuple[Rollout, Reward]]) -> PerSequence:
+        completions = [rollout.completion for rollout, _ in scored]
+        return earned(
+            _totals([reward for _, reward in scored]),
+            torch.tensor([completion.finish == "stop" for completion in completions]),
+            torch.tensor([len(completion.tokens) for completion in completions]),
+            **self._lengths_price,
+        )
+
+    @property
+    def _lengths_price(self) -> dict[str, Any]:
+        """How scores are clipped, and what being too long costs."""
+        config = self.config
+        return {
+            "truncated": config.truncated,
+            "truncation_penalty": config.truncation_penalty,
+            "score_clip": config.score_clip,
+            "soft_tokens": config.soft_tokens,
+            "max_length": config.rollout.max_new_tokens,
+        }
 
     def _own_scores(self, samples: Samples, step: int) -> tuple[PerToken, PerToken | None]:
         """The policy's log-probabilities before this round's first update, and the values."""
@@ -192,14 +272,14 @@ class RolloutSource:
             values = _in_pieces(value, samples, lambda *rows: score_values(value, *rows))
         return old, values
 
-    def _updates(self, experience: Experience, step: int) -> list[list[Experience | SupervisedBatch | PreferenceBatch]]:
+    def _updates(self, experience: Experience, step: int) -> list[list[AnyBatch]]:
         answers = len(experience.tokens)
         size = self.config.minibatch_size or answers
         order = minibatches(answers, size, self.config.reuse, self.config.seed * 1_000_003 + step)
-        updates: list[list[Experience | SupervisedBatch | PreferenceBatch]] = []
-        per_round = self.config.reuse * (answers // size)
+        updates: list[list[AnyBatch]] = []
+        per_round = updates_per_round(self.config)
         for number, rows in enumerate(order):
-            batches: list[Experience | SupervisedBatch | PreferenceBatch] = [select(experience, torch.tensor(rows))]
+            batches: list[AnyBatch] = [select(experience, torch.tensor(rows))]
             if self.ptx is not None:
                 batches.append(self.ptx.batch(step * per_round + number))
             updates.append(batches)
@@ -230,6 +310,9 @@ def _measures(report: ExperienceReport) -> dict[str, float]:
         "kl/reference_per_answer": report.kl_per_answer,
         "finished/share": report.finished_share,
         "length/mean_tokens": report.mean_tokens,
-        "value/explained_variance": report.explained_variance,
         "engine/max_logprob_difference": report.engine_max_difference,
     }
+
+
+def _totals(rewards: Sequence[Reward]) -> PerSequence:
+    return torch.tensor([reward.total for reward in rewards])

@@ -10,17 +10,14 @@ from typing import Any, Protocol
 
 import torch
 
-from dressage.batches import Experience, PreferenceBatch, SupervisedBatch
 from dressage.config import TrainingConfig
 from dressage.errors import CheckpointError
 from dressage.monitor.metrics import METRICS
 from dressage.monitor.writers import Monitor
 from dressage.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from dressage.training.update import WORST, Learner, Sums
+from dressage.training.update import STOPPED, WORST, AnyBatch, Learner, Sums
 
-AnyBatch = SupervisedBatch | PreferenceBatch | Experience
-
-
+LAST_KL = "kl/update_last"
 # Updates name the terms of any loss; an offline stage has but one, and the log calls it so.
 NAMES = {"loss": "loss/train", "accuracy": "accuracy/train"}
 
@@ -42,6 +39,8 @@ class Round:
     updates: Sequence[Sequence[AnyBatch]]
     metrics: Mapping[str, float] = field(default_factory=dict)
     samples: Sequence[Sample] = ()
+    settings: Mapping[str, float] = field(default_factory=dict)
+    """Of the algorithm, that adapt from round to round."""
 
 
 class BatchSource(Protocol):
@@ -92,6 +91,7 @@ def train(
             begun = time.perf_counter()
             round_ = source.draw(step)
             drawn = time.perf_counter()
+            learner.algorithm = learner.algorithm.with_settings(round_.settings)
             measured = _learn(learner, round_.updates)
             seconds = time.perf_counter() - drawn
             measured |= {
@@ -123,12 +123,24 @@ def train(
 
 
 def _learn(learner: Learner, updates: Sequence[Sequence[AnyBatch]]) -> dict[str, float]:
-    """All updates of a round; the mean of each measure over them, the first ratio from the first of them."""
-    sums = [learner.update(batches) for batches in updates]
+    """All updates of a round, up to one that finds the policy too far; the mean of each measure over them.
+
+    The first ratio is that of the first update, LAST_KL what the last one found.
+    """
+    sums: list[Sums] = []
+    for batches in updates:
+        sums.append(learner.update(batches))
+        if sums[-1].get(STOPPED):
+            break
+    # The schedule goes by rounds: updates left out count.
+    learner.updates += len(updates) - len(sums)
     means = {name: _mean(sums, name) for one in sums for name in one}
     means["tokens"] = sum(one["tokens"] for one in sums)
     if WORST in sums[0]:
         means[WORST] = sums[0][WORST]
+        means[LAST_KL] = sums[-1]["kl/update_approx"]
+    if STOPPED in sums[0]:
+        means["updates/made_share"] = sum(not one[STOPPED] for one in sums) / len(updates)
     return means
 
 

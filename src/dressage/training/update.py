@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dressage.algorithms.aggregate import Totals, aggregate, aggregate_pairs, count, rankings_total
 from dressage.algorithms.catalog import Algorithm
-from dressage.algorithms.policy_gradient import PolicyGradientSettings, ppo_statistics
+from dressage.algorithms.policy_gradient import PolicyGradientSettings, held_back, policy_statistics
 from dressage.algorithms.reward_modeling import ranking_pairs, ranking_statistics
 from dressage.batches import (
     Batch,
@@ -28,7 +28,9 @@ from dressage.data.order import length_sorted_chunks
 from dressage.models.roles import Role
 from dressage.models.scoring import score_sequences, score_tokens, score_values
 from dressage.training.optimizer import Optimizer
+from dressage.training.trust_region import bounded_step
 
+AnyBatch = SupervisedBatch | PreferenceBatch | Experience
 Sums = dict[str, float]
 """Measures of one update by metric name: means over all it learnt from. "tokens": how many went through the model."""
 
@@ -52,22 +54,30 @@ class Learner:
     updates: int = 0
     """Optimizer steps so far."""
 
-    def update(self, batches: Sequence[SupervisedBatch | PreferenceBatch | Experience]) -> Sums:
-        """Learns from these batches in one optimizer step."""
+    def update(self, batches: Sequence[AnyBatch]) -> Sums:
+        """Learns from these batches in one step; or, STOPPED being 1, not: the policy has gone too far already."""
         with self.policy.backbone.dropout():
             sums = _added(piece for batch in batches for piece in self._learn(batch))
         rates = self.rates(self.updates)
-        sums["gradient/norm"] = self.optimizer.step(rates)
         sums["learning_rate"] = next(iter(rates.values()), 0.0)
         self.updates += 1
-        return sums
+        settings = self.algorithm.settings
+        if isinstance(settings, PolicyGradientSettings):
+            if settings.stop_kl is not None:
+                sums[STOPPED] = float(sums["kl/update_approx"] > settings.stop_kl)
+                if sums[STOPPED]:
+                    self.optimizer.step({})
+                    return sums
+            if settings.max_kl is not None and rates.pop("policy", None) is not None:
+                sums |= self._bounded_step(batches, settings.max_kl)
+        return {"gradient/norm": self.optimizer.step(rates)} | sums
 
     def measure(self, batch: SupervisedBatch | PreferenceBatch) -> Sums:
         """The same measures of a batch without learning from it."""
         with torch.no_grad():
             return _added(self._learn(batch))
 
-    def _learn(self, batch: SupervisedBatch | PreferenceBatch | Experience) -> Iterator[Sums]:
+    def _learn(self, batch: AnyBatch) -> Iterator[Sums]:
         """Backward through every micro-batch; its share of each measure."""
         if isinstance(batch, SupervisedBatch):
             totals = count([batch.loss_mask])
@@ -114,15 +124,35 @@ class Learner:
         terms = self.algorithm.losses[Experience](scores, values, batch, settings)
         weigh = self.algorithm.weigh
         shares = {f"loss/{name}": aggregate(term, mask, totals, weigh) for name, term in terms.items()}
-        watched = ppo_statistics(_detached(scores), None if values is None else values.detach(), batch, settings)
+        watched = policy_statistics(_detached(scores), None if values is None else values.detach(), batch, settings)
         measures = {
             _MEASURES[name]: float(aggregate(value, mask, totals))
             for name, value in watched.items()
             if name in _MEASURES
         }
+        if scores.logprobs.requires_grad:
+            held = held_back(terms["policy"], scores.logprobs, batch.advantages)
+            measures["clip/share"] = float(aggregate(held, mask, totals))
         # Before a round's first step the ratio is 1, unless sampling and learning disagree.
         measures[WORST] = float((watched["ratio"] - 1).abs().masked_fill(~mask, 0.0).amax())
         return _backward(shares) | measures | {"tokens": _size(batch.attention_mask)}
+
+    def _bounded_step(self, batches: Sequence[AnyBatch], max_kl: float) -> Sums:
+        """TRPO's step of the policy in the optimizer's place."""
+
+        def answers() -> Iterator[tuple[Experience, Totals]]:
+            for batch in batches:
+                if isinstance(batch, Experience):
+                    totals = count([batch.response_mask])
+                    yield from ((piece, totals) for piece in self._pieces(batch))
+
+        @torch.no_grad()
+        def loss() -> float:
+            sums = _added(piece for batch in batches for piece in self._learn(batch))
+            # The critic has weights of its own.
+            return sums["loss"] - sums.get("loss/value", 0.0)
+
+        return bounded_step(self.policy, answers, loss, temperature=self.temperature, max_kl=max_kl)
 
     def _pieces(self, batch: Batch, by: Tensor | None = None) -> Iterator[Batch]:
         """Micro-batches of at most `micro_batch_tokens` padded tokens, rows of like length together, groups whole."""
@@ -131,8 +161,8 @@ class Learner:
 
 
 WORST = "ratio/first_max_error"
+STOPPED = "stopped"
 _MEASURES = {
-    "clipped": "clip/share",
     "value_clipped": "clip/value_share",
     "kl_update": "kl/update_approx",
     "entropy": "entropy/per_token",
