@@ -32,7 +32,7 @@ def exact_kl(old_logits: Tensor, logits: Tensor) -> Tensor:
 def fisher_product(kl: Scalar, parameters: Sequence[Tensor], vector: Vector) -> Vector:
     """Fisher matrix times vector, as the Hessian of `kl` at the policy it is measured from: by a double backward.
 
-    Weights that `kl` does not depend on get zeros.
+    Weights that `kl` does not depend on get zeros. The graph behind `kl` is used up.
     """
     slopes = torch.autograd.grad(kl, parameters, create_graph=True, allow_unused=True, materialize_grads=True)
     along = flat(slopes) @ vector

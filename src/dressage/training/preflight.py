@@ -29,6 +29,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from dressage.algorithms.trust_region import ITERATIONS
 from dressage.config import (
     DataConfig,
     EvaluateConfig,
@@ -49,6 +50,7 @@ from dressage.models.files import role_meta
 from dressage.models.lora import Backbone
 from dressage.models.pretrained import compute_dtype, model_shape
 from dressage.monitor.writers import clock
+from dressage.training.online import online_algorithm, online_settings
 
 Records = Literal["demonstrations", "rankings", "prompts"]
 Read = Callable[[Records, DataConfig, ModelConfig, int], Any]
@@ -204,7 +206,9 @@ class Foresight:
         shape = shape_of(self._model(config.model))
         depth, reward_lora = self._reward_model(config.reward_model)
         policy, judge = Reader(shape, config.lora), Reader(shape, reward_lora, depth)
-        learners = [policy, judge] if config.value.start == "reward" else [policy]
+        row = online_algorithm(config)
+        settings, own_critic = online_settings(row), "value" in row.roles and config.value.start == "reward"
+        learners = [policy, judge] if own_critic else [policy]
         answers, steps = rollout.prompts_per_step * rollout.answers_per_prompt, training.steps or 1
         size = config.minibatch_size or answers
         asked = [
@@ -215,12 +219,20 @@ class Foresight:
         cut = [list(_cut(asked[start : start + size], training)) for start in range(0, len(asked), size)]
         tokens, new = sum(sum(row.lengths) for row in asked), len(asked) * rollout.max_new_tokens
         # Sampling; then the reference's and, unless the engine's are taken, the policy's log-probs; then the reward.
-        scored = 1 if rollout.reuse_engine_logprobs and config.value.start == "reward" else 2
-        flops = tokens * policy.forward + new * shape.head
-        flops += scored * (tokens * policy.forward + new * shape.head)
-        flops += len(learners) * tokens * judge.forward
+        trunk_critic = "value" in row.roles and not own_critic
+        scored = 1 if rollout.reuse_engine_logprobs and not trunk_critic else 2
+        forward = tokens * policy.forward + new * shape.head
+        flops = forward * (1 + scored) + len(learners) * tokens * judge.forward
+        if row.greedy_baseline:
+            flops += (forward + tokens * judge.forward) / rollout.answers_per_prompt
+        # At most: prompts are drawn again only where answers score the same.
+        flops += settings.redraws * (forward + tokens * judge.forward)
         flops += config.reuse * (sum(tokens * learner.training for learner in learners) + new * 2 * shape.head)
+        if settings.max_kl is not None:
+            # A product is a forward pass and two backward ones; a trial reads the loss, and the policy twice.
+            flops += config.reuse * (ITERATIONS * (2 * tokens * policy.training + 6 * new * shape.head) + 3 * forward)
         updates = config.reuse * len(cut)
+        again = f", at most {settings.redraws} draws more where answers score the same" if settings.redraws else ""
         ptx = ""
         if config.ptx is not None:
             rows, _, _ = self._rows("demonstrations", config.ptx.data, config.model, config.seed)
@@ -233,7 +245,7 @@ class Foresight:
         return {
             "data": f"{len(prompts)} prompts; {_lengths(prompts)}{_if_known(known)}",
             "work": f"{steps} rounds of {rollout.prompts_per_step} prompts x {rollout.answers_per_prompt} answers ="
-            f" {answers} answers of at most {rollout.max_new_tokens} tokens; {updates} updates a round"
+            f" {answers} answers of at most {rollout.max_new_tokens} tokens{again}; {updates} updates a round"
             f" ({config.reuse} x {answers} / {size}), each in {_pieces(cut)} of at most {most} padded tokens;"
             f" {tokens} tokens a round{ptx}",
             **self._taken(shape, steps * flops, learners, micro_batch=most, cached=cached, copies=copies),
