@@ -130,33 +130,33 @@ def run(recipe: Recipe, overrides: Overrides = None, out: Out = None, dry_run: D
     _run_pipeline(recipe, overrides or [], out, dry_run)
 
 
-def _stage_verb(kind: str, what: str) -> None:
-    @app.command(kind, help=what)
-    def verb(
+def _stage_verb(verb: str, what: str, *, kind: str | None = None, default: str | None = None) -> None:
+    """A verb for one kind of stage, its own name's unless said; without a recipe it takes `default`."""
+
+    @app.command(verb, help=what)
+    def run_stage(
         recipe: StageRecipe = None, overrides: Overrides = None, out: StageOut = None, dry_run: DryRun = False
     ) -> None:
-        _run_one_stage(kind, recipe, overrides or [], out, dry_run)
+        chosen = overrides or []
+        if recipe is not None and "=" in recipe:
+            chosen, recipe = [recipe, *chosen], None
+        _run_one_stage(kind or verb, recipe or default, chosen, out, dry_run)
 
 
-for _kind, _what in {
-    "sft": "Learn demonstrations: supervised fine-tuning.",
-    "reward": "Learn rankings: a reward model.",
-    "ppo": "Train the policy against a reward model.",
-    "sample": "A model's answers to prompts.",
-    "rank": "Order those answers: by the simulated annotator, or by people, whose file is checked and taken over.",
-    "evaluate": "Compare two models' answers to the same prompts.",
-}.items():
-    _stage_verb(_kind, _what)
-
-
-@app.command()
-def rl(recipe: StageRecipe = None, overrides: Overrides = None, out: StageOut = None, dry_run: DryRun = False) -> None:
-    """Train the policy by any method that samples: `rl grpo`, `rl trpo` ...; without a recipe by PPO's."""
-    overrides = overrides or []
-    if recipe is None or "=" in recipe:
-        overrides = [*([] if recipe is None else [recipe]), *overrides]
-        recipe = "ppo"
-    _run_one_stage("ppo", recipe, overrides, out, dry_run)
+_stage_verb("sft", "Learn demonstrations: supervised fine-tuning.")
+_stage_verb("reward", "Learn rankings: a reward model.")
+_stage_verb("ppo", "Train the policy against a reward model.")
+_stage_verb(
+    "rl",
+    "The same by any method that learns from its own answers: rl grpo, rl rloo ...; without a recipe by PPO's.",
+    kind="ppo",
+    default="ppo",
+)
+_stage_verb("sample", "A model's answers to prompts.")
+_stage_verb(
+    "rank", "Order those answers: by the simulated annotator, or by people, whose file is checked and taken over."
+)
+_stage_verb("evaluate", "Compare two models' answers to the same prompts.")
 
 
 @app.command()
@@ -277,9 +277,6 @@ def _run_stages(told: Mapping[str, Any], stages: Mapping[str, Settings], folder:
 def _run_one_stage(kind: str, recipe: str | None, overrides: Sequence[str], out: Path | None, dry_run: bool) -> None:
     from dressage.config import load_stage
 
-    if recipe is not None and "=" in recipe:
-        overrides = [recipe, *overrides]
-        recipe = None
     settings = load_stage(kind, recipe, overrides)
     folder = out or Path("runs") / (Path(recipe).stem if recipe else kind)
     if dry_run:

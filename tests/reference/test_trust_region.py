@@ -10,7 +10,6 @@ from torch import Tensor, tensor
 from torch.testing import assert_close
 
 from dressage.algorithms.trust_region import (
-    DAMPING,
     conjugate_gradient,
     exact_kl,
     fisher_product,
@@ -85,15 +84,24 @@ GRADIENT = tensor([1.0, -2.0], dtype=torch.float64)
 
 def quadratic(step: Tensor) -> tuple[float, float]:
     """A loss that is a plane, and a KL that is what the step believes of it."""
-    damped = MATRIX + DAMPING * torch.eye(2, dtype=torch.float64)
-    return -(GRADIENT @ step).item(), (0.5 * step @ damped @ step).item() * (1 - 1e-9)
+    return -(GRADIENT @ step).item(), (0.5 * step @ MATRIX @ step).item() * (1 - 1e-9)
 
 
 def test_where_the_model_is_right_the_step_is_the_natural_gradients_to_the_bound() -> None:
+    """The curvature along the gradient is (4 - 4 + 2) / 5 = 0.4, of which a tenth is damping."""
     step = trust_region_step(GRADIENT, lambda vector: MATRIX @ vector, quadratic, max_kl=0.02)
-    natural = -torch.linalg.solve(MATRIX + DAMPING * torch.eye(2, dtype=torch.float64), GRADIENT)
+    natural = -torch.linalg.solve(MATRIX + 0.1 * 0.4 * torch.eye(2, dtype=torch.float64), GRADIENT)
     assert_close(step / step.norm(), natural / natural.norm())
     assert quadratic(step)[1] == pytest.approx(0.02)
+
+
+def test_the_scale_of_the_weights_changes_nothing() -> None:
+    """Weights written ten times as large: the same step in them."""
+    step = trust_region_step(GRADIENT, lambda vector: MATRIX @ vector, quadratic, max_kl=0.02)
+    scaled = trust_region_step(
+        GRADIENT / 10, lambda vector: MATRIX @ vector / 100, lambda step: quadratic(step / 10), max_kl=0.02
+    )
+    assert_close(scaled / 10, step)
 
 
 @pytest.mark.parametrize(

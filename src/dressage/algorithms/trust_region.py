@@ -16,7 +16,7 @@ Trial = Callable[[Vector], tuple[float, float]]
 """Of a step: how much lower the loss is then, and how far the policy has gone, in nats a token."""
 
 DAMPING = 0.1
-"""Added to the Fisher matrix's diagonal: it has no rank for weights that change nothing."""
+"""Of the curvature along the gradient, added to the Fisher matrix's diagonal: the matrix has not full rank."""
 ITERATIONS = 10
 """Of conjugate gradients."""
 BACKTRACKS, SHRINK = 10, 0.8
@@ -58,17 +58,14 @@ def conjugate_gradient(product: Product, target: Vector, iterations: int = ITERA
 def trust_region_step(gradient: Vector, product: Product, trial: Trial, *, max_kl: float) -> Vector:
     """The step against `gradient` that lowers the loss and moves the policy by at most `max_kl` nats a token.
 
-    Backtracks from where the quadratic model meets the bound; zeros if no try will do.
+    Backtracks from where the quadratic model meets the bound; zeros if no try will do. The damping is in the measure of
+    the matrix itself: adapters have curvatures of other sizes than whole weights.
     """
-
-    def damped(vector: Vector) -> Vector:
-        return product(vector) + DAMPING * vector
-
-    direction = conjugate_gradient(damped, gradient)
-    curvature = direction @ damped(direction)
-    if not curvature > 0:  # no gradient, or NaN
+    damping = DAMPING * (gradient @ product(gradient)) / (gradient @ gradient)
+    if not damping > 0:  # no gradient, or NaN
         return torch.zeros_like(gradient)
-    longest = -(2 * max_kl / curvature).sqrt() * direction
+    direction = conjugate_gradient(lambda vector: product(vector) + damping * vector, gradient)
+    longest = -(2 * max_kl / (direction @ product(direction))).sqrt() * direction
     for tries in range(BACKTRACKS):
         step = SHRINK**tries * longest
         gain, kl = trial(step)

@@ -124,7 +124,7 @@ _TABLE = (
         "trust_region/kl",
         "nats/token",
         "How far the bounded update moved the policy, over the whole vocabulary; 0: no step was good enough to take.",
-        "between half of settings.max_kl and all of it",
+        "above 0, and below settings.max_kl",
         decimals=4,
     ),
     Metric(

@@ -230,7 +230,9 @@ class Foresight:
         flops += config.reuse * (sum(tokens * learner.training for learner in learners) + new * 2 * shape.head)
         if settings.max_kl is not None:
             # A product is a forward pass and two backward ones; a trial reads the loss, and the policy twice.
-            flops += config.reuse * (ITERATIONS * (2 * tokens * policy.training + 6 * new * shape.head) + 3 * forward)
+            flops += config.reuse * (
+                (ITERATIONS + 2) * (2 * tokens * policy.training + 6 * new * shape.head) + 3 * forward
+            )
         updates = config.reuse * len(cut)
         again = f", at most {settings.redraws} draws more where answers score the same" if settings.redraws else ""
         ptx = ""

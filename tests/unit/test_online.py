@@ -1,0 +1,379 @@
+"""Every online recipe on a model of two layers, through the command; what is refused; redraws, baselines, bounds."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dressage import assemble, config
+from dressage.algorithms.catalog import algorithm
+from dressage.algorithms.trust_region import exact_kl
+from dressage.batches import Experience
+from dressage.config import LoraConfig, OptimizerConfig, PpoConfig, recipes
+from dressage.errors import ConfigError
+from dressage.models.files import load_backbone, weights_hash
+from dressage.models.roles import Role, ScalarHead
+from dressage.models.scoring import score_logits, score_tokens, score_values
+from dressage.monitor.writers import read_metrics
+from dressage.schema import Reward, Rollout
+from dressage.training.batch_sources import RolloutSource
+from dressage.training.online import online_algorithm
+from dressage.training.optimizer import Optimizer
+from dressage.training.trainer import _learn
+from dressage.training.update import Learner
+
+ONLINE = [name for name in recipes() if config.read_yaml(name).get("kind") == "ppo"]
+NAMES = ["Ann", "Ben", "Cem", "Dao", "Eva", "Fay", "Gus", "Hal", "Ida", "Jon", "Kim", "Lea"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """A folder with demonstrations.jsonl and a reward model on the tiny model."""
+    from typer.testing import CliRunner
+
+    from dressage.cli import app
+
+    folder = tmp_path_factory.mktemp("online")
+    rows = [{"prompt": f"Who is {name}?", "completion": f"{name} is a friend."} for name in NAMES]
+    ranked = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": "No."} for row in rows]
+    for name, lines in {"demonstrations.jsonl": rows, "rankings.jsonl": ranked}.items():
+        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    asked = ["reward", f"model.name={tiny_model}", f'data.sources=["{folder / "rankings.jsonl"}"]', "depth=1"]
+    asked += ["lora.rank=2", "training.steps=2", "--out", str(folder / "reward")]
+    ran = CliRunner().invoke(app, asked)
+    assert ran.exit_code == 0, ran.output
+    return folder
+
+
+def small(made: Path, tiny_model: Path) -> list[str]:
+    """Settings that make any online recipe take a second."""
+    return [
+        f"model.name={tiny_model}",
+        f'prompts.sources=["{made / "demonstrations.jsonl"}"]',
+        f"reward_model={made / 'reward' / 'reward'}",
+        "lora={rank: 2, alpha: 4}",
+        "rollout.max_new_tokens=8",
+        "training={steps: 2, checkpoint_every: 1, micro_batch_tokens: 256}",
+    ]
+
+
+@pytest.mark.parametrize("name", ONLINE)
+def test_each_recipe_trains_a_policy(
+    name: str, dressage: Callable[..., Any], made: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    ran = dressage("rl", name, *small(made, tiny_model), "--out", tmp_path / "run")
+    assert ran.exit_code == 0, ran.output + repr(ran.exception)
+    row = algorithm(config.read_yaml(name).get("algorithm", "ppo"))
+    assert (tmp_path / "run" / "policy" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "run" / "value").is_dir() == ("value" in row.roles)
+    logged = read_metrics(tmp_path / "run")
+    assert len(logged) == 2
+    first = logged[0]
+    assert ("value/explained_variance" in first) == ("loss/value" in first) == ("value" in row.roles)
+    assert ("groups/alike_share" in first) == (row.fewest_answers > 1)
+    assert ("trust_region/kl" in first) == (name == "trpo")
+    assert first["ratio/first_max_error"] < 1e-4
+    assert first["gradient/norm"] > 0
+
+
+@pytest.mark.parametrize("name", ["dapo", "trpo", "remax"])
+def test_a_dry_run_reckons_with_what_a_method_adds(
+    name: str, dressage: Callable[..., Any], made: Path, tiny_model: Path
+) -> None:
+    """Redraws, products with the Fisher matrix, greedy answers: more operations than without."""
+    plain = {"dapo": "settings.redraws=0", "trpo": "algorithm=ppo", "remax": "algorithm=reinforce"}[name]
+    operations = []
+    for changes in ([], [plain]):
+        ran = dressage("rl", name, *small(made, tiny_model), *changes, "--dry-run")
+        assert ran.exit_code == 0 and "2 rounds of" in ran.stdout, ran.output
+        operations.append(float(re.findall(r"\((\S+) operations", ran.stdout)[0]))
+        assert ("draws more" in ran.stdout) == (name == "dapo" and not changes)
+    assert operations[0] > operations[1]
+
+
+def test_ppo_and_rl_without_a_recipe_take_settings_alone(
+    dressage: Callable[..., Any], made: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    asked = [*small(made, tiny_model), "rollout.prompts_per_step=4", "minibatch_size=2"]
+    ran = dressage("rl", "algorithm=rloo", *asked, "rollout.answers_per_prompt=2", "--out", tmp_path / "rl")
+    assert ran.exit_code == 0, ran.output
+    ran = dressage("ppo", "algorithm=grpo", *asked, "rollout.answers_per_prompt=2", "--out", tmp_path / "ppo")
+    assert ran.exit_code == 0, ran.output
+    assert not (tmp_path / "ppo" / "value").exists()
+
+
+def test_a_bounded_run_goes_on_where_it_was_stopped(
+    dressage: Callable[..., Any], made: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TRPO and the adapting price: weights, moments and coefficients are all in the checkpoint."""
+    from dressage.training import trainer
+
+    save = trainer.save_checkpoint
+
+    def save_then_stop(*given: Any) -> Path:
+        save(*given)
+        raise KeyboardInterrupt
+
+    for name in ("trpo", "ppo_penalty"):
+        asked = ["rl", name, *small(made, tiny_model), "--out"]
+        assert dressage(*asked, tmp_path / name / "whole").exit_code == 0
+        with monkeypatch.context() as patched:
+            patched.setattr(trainer, "save_checkpoint", save_then_stop)
+            assert dressage(*asked, tmp_path / name / "cut").exit_code == 130
+        assert dressage(*asked, tmp_path / name / "cut").exit_code == 0
+        whole, cut = (
+            (tmp_path / name / run / "policy" / "adapter_model.safetensors").read_bytes() for run in ("whole", "cut")
+        )
+        assert whole == cut
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["algorithm=grpo"], "answers_per_prompt=1.*grpo.*at least 2"),
+        (["algorithm=sft"], "'sft'.*no answers of its own.*grpo"),
+        (["algorithm=grppo"], "grppo"),
+        (["settings.clip_hihg=0.3"], "clip_high"),
+        (["settings.redraws=2"], r"settings\.redraws.*answers_per_prompt=1"),
+        (["algorithm=trpo", "value.start=zero"], r'value\.start="zero".*settings\.max_kl'),
+        (["lora=null"], 'value.start="reward" needs lora'),
+        (["algorithm=ppo_penalty", "minibatch_size=null"], r"settings\.old_kl_coef.*reuse"),
+    ],
+)
+def test_contradictions_are_named(changes: list[str], message: str) -> None:
+    settings = config.load_stage("ppo", "ppo", changes)
+    assert isinstance(settings, PpoConfig)
+    with pytest.raises(ConfigError, match=message):
+        online_algorithm(settings)
+
+
+def test_what_has_no_critic_is_not_asked_for_one() -> None:
+    settings = config.load_stage("ppo", "rloo", ["lora=null"])
+    assert isinstance(settings, PpoConfig)
+    assert "value" not in online_algorithm(settings).roles
+
+
+def test_more_soft_tokens_than_tokens_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"soft_tokens=41.*max_new_tokens=40"):
+        config.load_stage("ppo", "dapo", ["soft_tokens=41"])
+
+
+# --- draws
+
+
+class Judge:
+    """Scores answers by a rule, and remembers how many it was shown at once."""
+
+    def __init__(self, rule: Callable[[Rollout], float]) -> None:
+        self.rule, self.shown = rule, []  # type: ignore[var-annotated]
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[Reward]:
+        self.shown.append(len(rollouts))
+        return [Reward(self.rule(rollout)) for rollout in rollouts]
+
+
+def source(name: str, made: Path, tiny_model: Path, judge: Judge, *changes: str) -> RolloutSource:
+    """Rollouts of the tiny model, judged by a rule: 4 prompts of 12, with 3 answers each."""
+    asked = [*small(made, tiny_model), "rollout.prompts_per_step=4", "rollout.answers_per_prompt=3"]
+    settings = config.load_stage("ppo", name, [*asked, "minibatch_size=null", "truncated=keep", *changes])
+    assert isinstance(settings, PpoConfig)
+    template = assemble.build_template(settings.model)
+    backbone = load_backbone(settings.model)
+    policy = assemble.build_role(backbone, "policy", settings.lora, seed=1)
+    return RolloutSource(
+        config=settings,
+        algorithm=online_algorithm(settings),
+        prompts=assemble.build_rows("prompts", settings.prompts, template, 1).train,
+        template=template,
+        engine=assemble.build_engine("native", policy, template, 64),
+        scorer=judge,
+        policy=policy,
+        reference=Role(backbone),
+        value=None,
+    )
+
+
+def experience_of(rollouts: RolloutSource, step: int = 0) -> Experience:
+    ((batch,),) = rollouts.draw(step).updates
+    assert isinstance(batch, Experience)
+    return batch
+
+
+def odd(rollout: Rollout) -> float:
+    """Answers differ for every second person only."""
+    named = next(number for number, name in enumerate(NAMES) if name in rollout.prompt.text)
+    return float(sum(rollout.completion.tokens)) if named % 2 else 0.25
+
+
+def test_groups_without_spread_are_left_out_and_drawn_again(made: Path, tiny_model: Path) -> None:
+    """12 prompts in 3 draws of 4, six of whose answers differ: 4 groups are kept, and learnt from."""
+    judge = Judge(odd)
+    drawn = source("dapo", made, tiny_model, judge, "score_clip=null")
+    found = drawn.draw(0)
+    batch = found.updates[0][0]
+    assert isinstance(batch, Experience)
+    assert 2 <= len(judge.shown) <= 3 and set(judge.shown) == {12}
+    counts = batch.group.bincount()
+    assert counts[counts > 0].tolist() == [3] * 4
+    per_answer = batch.advantages.abs().amax(-1)
+    for group in batch.group.unique():
+        assert per_answer[batch.group == group].max() > 0
+    asked = sum(judge.shown) // 3
+    assert 0.3 < found.metrics["groups/alike_share"] < 0.7 and asked in (8, 12)
+
+    plain = Judge(odd)
+    whole = source("grpo", made, tiny_model, plain, "score_clip=null")
+    assert len(experience_of(whole).tokens) == 12 and plain.shown == [12]
+
+
+def test_redraws_are_bounded_and_never_leave_nothing(made: Path, tiny_model: Path) -> None:
+    judge = Judge(lambda rollout: 1.0)
+    drawn = source("dapo", made, tiny_model, judge)
+    batch = experience_of(drawn)
+    assert judge.shown == [12] * 4  # redraws=3
+    assert len(batch.tokens) == 12 and not batch.advantages.any()
+    one = Judge(lambda rollout: odd(rollout) if "Ben" in rollout.prompt.text else 0.0)
+    few = source("dapo", made, tiny_model, one, "score_clip=null")
+    assert len(experience_of(few).tokens) == 3
+
+
+def test_a_step_draws_the_same_again_and_others_than_the_next(made: Path, tiny_model: Path) -> None:
+    first, again, later = (
+        experience_of(source("dapo", made, tiny_model, Judge(odd)), step).tokens for step in (0, 0, 1)
+    )
+    assert torch.equal(first, again)
+    assert first.shape != later.shape or not torch.equal(first, later)
+
+
+def test_remax_compares_with_the_likeliest_answer(made: Path, tiny_model: Path) -> None:
+    """A prompt's own greedy answer, scored under the same rules, is what is taken off."""
+    judge = Judge(lambda rollout: float(sum(rollout.completion.tokens) % 7))
+    drawn = source("remax", made, tiny_model, judge, "kl.coef=0")
+    batch = experience_of(drawn)
+    assert judge.shown == [12, 4]
+    scores = [float(row[mask].sum() % 7) for row, mask in zip(batch.tokens, batch.response_mask, strict=True)]
+    likeliest: dict[int, float] = {}
+    for group, row, mask in zip(batch.group.tolist(), batch.tokens, batch.response_mask, strict=True):
+        tokens = row[: int(mask.nonzero()[0])].tolist()
+        for _ in range(8):
+            logits = drawn.policy.backbone.model(input_ids=torch.tensor([tokens])).logits[0, -1]
+            tokens.append(int(logits.argmax()))
+            if tokens[-1] in drawn.template.stop_tokens:
+                break
+        likeliest[group] = float(sum(tokens[int(mask.nonzero()[0]) :]) % 7)
+    expected = torch.tensor([s - likeliest[g] for s, g in zip(scores, batch.group.tolist(), strict=True)])
+    assert torch.equal(batch.advantages, (expected[:, None] * batch.response_mask))
+    assert expected.any()
+
+
+def test_the_old_policys_price_adapts_and_reaches_the_loss(made: Path, tiny_model: Path) -> None:
+    drawn = source("ppo", made, tiny_model, Judge(odd), "algorithm=reinforce_pp", "settings.old_kl_coef=1", "reuse=2")
+    measured = {"kl/reference_per_answer": 0.0}
+    assert drawn.draw(0).settings == {"old_kl_coef": 1.0}
+    for gone, expected in [(0.02, 2.0), (0.01, 2.0), (0.001, 1.0), (0.0, 0.5)]:
+        drawn.learnt(0, measured | {"kl/update_last": gone})
+        assert drawn.old_kl_coef == expected
+    other = source("ppo", made, tiny_model, Judge(odd), "algorithm=reinforce_pp", "settings.old_kl_coef=1", "reuse=2")
+    other.restore(drawn.state())
+    assert other.old_kl_coef == 0.5
+
+
+# --- bounds on the step
+
+
+def learner(name: str, tiny_model: Path, micro_batch_tokens: int = 10_000, **settings: Any) -> Learner:
+    base = load_backbone(config.ModelConfig(name=str(tiny_model)))
+    groups: dict[str, Any] = {}
+    for role, seed in {"policy": 2, "value": 4}.items():
+        base.add_adapter(role, LoraConfig(rank=4), seed=seed)
+    policy, value = Role(base, "policy"), Role(base, "value", ScalarHead(base.width))
+    # An adapter that says something: at the start, up is 0 and down gets no gradient.
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in policy.parameters().values():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    groups = {"policy": policy.parameters(), "value": value.parameters()}
+    return Learner(
+        algorithm=algorithm(name).with_settings(settings),
+        policy=policy,
+        value=value,
+        optimizer=Optimizer(groups, OptimizerConfig(learning_rate=1e-2)),
+        rates=lambda update: dict.fromkeys(groups, 1e-2),
+        micro_batch_tokens=micro_batch_tokens,
+        max_length=12,
+    )
+
+
+def made_up(learns: Learner) -> Experience:
+    """Eight texts of which all but the first three tokens are answers, with advantages out of the air."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(5, 13, (8,), generator=generator)
+    mask = torch.arange(12) < lengths[:, None]
+    tokens = torch.randint(0, 200, (8, 12), generator=generator).masked_fill(~mask, 0)
+    response = mask & (torch.arange(12) >= 3)
+    assert learns.value is not None
+    with torch.no_grad():
+        logprobs = score_tokens(learns.policy, tokens, mask, response).logprobs
+        values = score_values(learns.value, tokens, mask, response)
+    noise = torch.randn(8, 12, generator=generator).masked_fill(~response, 0.0)
+    return Experience(
+        tokens, mask, response, logprobs, logprobs, noise, torch.arange(8), logprobs, values, values + noise
+    )
+
+
+def logits_of(learns: Learner, batch: Experience) -> torch.Tensor:
+    with torch.no_grad():
+        return score_logits(learns.policy, batch.tokens, batch.attention_mask, batch.response_mask)
+
+
+@pytest.mark.parametrize(("max_kl", "share"), [(0.02, 0.2), (0.0001, 0.8)])
+def test_trpo_moves_a_real_policy_within_its_bound(max_kl: float, share: float, tiny_model: Path) -> None:
+    """The closer the bound, the truer the quadratic model, and the more of the bound is used."""
+    learns = learner("trpo", tiny_model, max_kl=max_kl)
+    batch = made_up(learns)
+    before, value_before = logits_of(learns, batch), weights_hash(learns.value.parameters())  # type: ignore[union-attr]
+    first = learns.update([batch])
+    kl = exact_kl(before, logits_of(learns, batch)).mean().item()
+    assert share * max_kl < kl <= max_kl * (1 + 1e-4)
+    assert first["trust_region/kl"] == pytest.approx(kl, rel=1e-3)
+    second = learns.update([batch])
+    assert second["loss/policy"] < first["loss/policy"] - 1e-4
+    # The critic learns by its own optimizer, the policy has none.
+    assert weights_hash(learns.value.parameters()) != value_before  # type: ignore[union-attr]
+    assert all(name.startswith("value/") for name in learns.optimizer.moments())
+
+
+def test_trpos_step_is_the_same_however_the_batch_is_cut(tiny_model: Path) -> None:
+    found = []
+    for tokens in (10_000, 24):
+        learns = learner("trpo", tiny_model, tokens)
+        before = {name: p.detach().clone() for name, p in learns.policy.parameters().items()}
+        learns.update([made_up(learns)])
+        found.append(torch.cat([(p - before[name]).flatten() for name, p in learns.policy.parameters().items()]))
+    assert found[0].norm() > 0
+    assert torch.nn.functional.cosine_similarity(found[0], found[1], dim=0) > 0.999
+
+
+def test_a_rounds_updates_end_where_the_policy_has_gone_too_far(tiny_model: Path) -> None:
+    """The update that finds it moves nothing; the schedule goes on as if all had been made."""
+    free, held = learner("ppo", tiny_model), learner("ppo", tiny_model, stop_kl=1e-4)
+    batch = made_up(free)
+    freely, stopped = _learn(free, [[batch]] * 5), _learn(held, [[batch]] * 5)
+    assert "updates/made_share" not in freely
+    assert stopped["updates/made_share"] in (0.2, 0.4, 0.6)
+    assert stopped["kl/update_last"] > 1e-4
+    assert free.updates == held.updates == 5
+
+    one = learner("ppo", tiny_model)
+    _learn(one, [[batch]] * round(5 * stopped["updates/made_share"]))
+    assert weights_hash(one.policy.parameters()) == weights_hash(held.policy.parameters())
+    assert weights_hash(one.policy.parameters()) != weights_hash(free.policy.parameters())
