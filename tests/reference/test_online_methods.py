@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, tensor
 from torch.testing import assert_close
 
-from dressage.algorithms.advantages import against_batch, reward_to_go
+from dressage.algorithms.advantages import against_batch, group_centered, of_answers, reward_to_go
 from dressage.algorithms.aggregate import aggregate, count
 from dressage.algorithms.catalog import ALGORITHMS, Algorithm, algorithm
 from dressage.algorithms.policy_gradient import (
@@ -129,6 +129,14 @@ def test_groups_are_centred_and_scaled() -> None:
     for name in ("grpo", "dapo", "gspo", "cispo"):
         assert advantages(name) == rows([1.0, 1.0], [-1.0], [1.0], [-1.0, -1.0])
     assert advantages("dr_grpo") == rows([0.5, 0.5], [-0.5], [2.0], [-2.0, -2.0])
+
+
+def test_an_answer_left_out_of_the_loss_is_still_compared_with() -> None:
+    """Scores 3, 1 and -1, the last one's answer cut: +2 and 0 against the mean of all three, not of two and a 0."""
+    rewards = tensor([[0.0, 3.0], [1.0, 0.0], [0.0, -1.0]])
+    mask = tensor([[True, True], [True, False], [False, False]])
+    centred = of_answers(group_centered)(rewards, None, mask, tensor([0, 0, 0]), gamma=1.0, lam=1.0)
+    assert centred.tolist() == [[2.0, 2.0], [0.0, 0.0], [0.0, 0.0]]
 
 
 def test_actor_critic_sees_one_token_ahead_and_a2c_all_that_came() -> None:
@@ -319,11 +327,19 @@ def test_what_each_row_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("dual_clip", 1.0), ("stop_kl", 0.0), ("max_kl", -0.1), ("redraws", -1), ("old_kl_coef", -1.0)]
+    ("name", "value"),
+    [("dual_clip", 1.0), ("stop_kl", 0.0), ("max_kl", -0.1), ("redraws", -1), ("redraws", 1.5), ("old_kl_coef", -1.0)],
 )
 def test_settings_out_of_range_are_named(name: str, value: float) -> None:
     with pytest.raises(ConfigError, match=rf"settings\.{name}={value}"):
         replace(PLAIN, **{name: value})  # type: ignore[arg-type]
+
+
+def test_only_what_can_be_off_can_be_none() -> None:
+    off = replace(PLAIN, value_clip=None, dual_clip=None, stop_kl=None, max_kl=None)
+    assert off.value_clip is None
+    with pytest.raises(ConfigError, match=r"settings\.gamma must be set"):
+        replace(PLAIN, gamma=None)  # type: ignore[arg-type]
 
 
 # --- being too long, and being alike

@@ -45,12 +45,16 @@ def against_batch(
 
 
 def of_answers(compare: Callable[[PerSequence, Ints], PerSequence]) -> Advantage:
-    """Against the other answers to the prompt: every token of an answer gets its answer's advantage."""
+    """Against the other answers to the prompt: every token of an answer gets its answer's advantage.
+
+    An answer of which no token counts has no advantage, but the others are compared with it.
+    """
 
     def advantage(
         rewards: PerToken, values: PerToken | None, mask: Mask, group: Ints, *, gamma: float, lam: float
     ) -> PerToken:
-        totals = rewards.masked_fill(~mask, 0.0).sum(-1)
+        left_out = ~mask.any(-1, keepdim=True)
+        totals = rewards.masked_fill(~(mask | left_out), 0.0).sum(-1)
         return compare(totals, group)[:, None] * mask
 
     return advantage

@@ -48,18 +48,21 @@ class PolicyGradientSettings:
     """Scale a round's advantages to mean 0 and variance 1 over the tokens that count."""
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is None and name not in ("dual_clip", "value_clip", "stop_kl", "max_kl"):
+                raise ConfigError(f"settings.{name} must be set")
         for name, high in {"clip_low": 1.0, "gamma": 1.0, "lam": 1.0}.items():
             if not 0 <= getattr(self, name) <= high:
                 raise ConfigError(f"settings.{name}={getattr(self, name)} must lie between 0 and {high:g}")
-        for name in (
-            *("clip_high", "value_clip", "value_coef", "entropy_coef", "kl_loss_coef", "old_kl_coef", "ptx_coef"),
-            "redraws",
-        ):
+        coefs = ("value_coef", "entropy_coef", "kl_loss_coef", "old_kl_coef", "ptx_coef")
+        for name in ("clip_high", "value_clip", "redraws", *coefs):
             if getattr(self, name) is not None and getattr(self, name) < 0:
                 raise ConfigError(f"settings.{name}={getattr(self, name)} must not be negative")
         for name, low in {"stop_kl": 0.0, "max_kl": 0.0, "dual_clip": 1.0}.items():
             if getattr(self, name) is not None and getattr(self, name) <= low:
                 raise ConfigError(f"settings.{name}={getattr(self, name)} must be above {low:g}")
+        if self.redraws != int(self.redraws):
+            raise ConfigError(f"settings.redraws={self.redraws} must be a whole number")
 
 
 Surrogate = Callable[[PerToken, PerToken, Mask, PolicyGradientSettings], PerToken]
