@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from math import exp, log
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +29,7 @@ from dressage.algorithms.policy_gradient import (
     weighted_likelihood,
 )
 from dressage.batches import Experience, TokenScores
+from dressage.config import recipes
 from dressage.errors import ConfigError
 from dressage.experience.build import Samples, build_experience, earned, unlike
 
@@ -324,6 +327,12 @@ def test_what_each_row_is() -> None:
     assert {name for name in ONLINE if told[name].redraws} == {"dapo"}  # type: ignore[union-attr]
     whitened = {name for name in ONLINE if told[name].whiten_advantages}  # type: ignore[union-attr]
     assert whitened == {"ppo", "ppo_penalty", "trpo", "reinforce_pp"}
+
+
+def test_the_page_and_the_recipes_show_every_row() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "algorithms.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE) == ONLINE
+    assert set(ONLINE) <= recipes().keys()
 
 
 @pytest.mark.parametrize(
