@@ -141,6 +141,7 @@ def _stage_verb(kind: str, what: str) -> None:
 for _kind, _what in {
     "sft": "Learn demonstrations: supervised fine-tuning.",
     "reward": "Learn rankings: a reward model.",
+    "dpo": "Learn rankings or ratings without a reward model: DPO, IPO, KTO, ORPO, SimPO.",
     "ppo": "Train the policy against a reward model.",
     "sample": "A model's answers to prompts.",
     "rank": "Order those answers: by the simulated annotator, or by people, whose file is checked and taken over.",

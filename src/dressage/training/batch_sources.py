@@ -13,7 +13,7 @@ from torch import Tensor
 from dressage.algorithms.catalog import Algorithm
 from dressage.algorithms.kl import band, proportional
 from dressage.algorithms.policy_gradient import PolicyGradientSettings
-from dressage.batches import Experience, Mask, PerToken, PreferenceBatch, SupervisedBatch, select
+from dressage.batches import Experience, Mask, PerToken, PreferenceBatch, RatingBatch, SupervisedBatch, select
 from dressage.config import PpoConfig
 from dressage.data.order import batch_indices
 from dressage.data.template import ChatTemplate
@@ -27,9 +27,10 @@ from dressage.rewards.learned import Scorer
 from dressage.rollout.engine import Engine
 from dressage.schema import Prompt, Rollout, Sampling
 from dressage.training.trainer import Round, Sample
-from dressage.training.update import pieces
+from dressage.training.update import AnyBatch, pieces
 
 Row = TypeVar("Row")
+OfflineBatch = SupervisedBatch | PreferenceBatch | RatingBatch
 SCORING_TOKENS = 2048
 """Padded tokens scored at once without gradient: no activations are kept, so this is small beside a training pass."""
 SHOWN = 2
@@ -42,13 +43,13 @@ class DatasetSource(Generic[Row]):
     def __init__(
         self,
         rows: Sequence[Row],
-        collate: Callable[[Sequence[Row]], SupervisedBatch | PreferenceBatch],
+        collate: Callable[[Sequence[Row]], OfflineBatch],
         batch_size: int,
         seed: int,
     ) -> None:
         self.rows, self.collate, self.batch_size, self.seed = rows, collate, batch_size, seed
 
-    def batch(self, step: int) -> SupervisedBatch | PreferenceBatch:
+    def batch(self, step: int) -> OfflineBatch:
         """The batch of this step."""
         return self.collate([self.rows[i] for i in batch_indices(len(self.rows), self.batch_size, step, self.seed)])
 
@@ -192,14 +193,14 @@ class RolloutSource:
             values = _in_pieces(value, samples, lambda *rows: score_values(value, *rows))
         return old, values
 
-    def _updates(self, experience: Experience, step: int) -> list[list[Experience | SupervisedBatch | PreferenceBatch]]:
+    def _updates(self, experience: Experience, step: int) -> list[list[AnyBatch]]:
         answers = len(experience.tokens)
         size = self.config.minibatch_size or answers
         order = minibatches(answers, size, self.config.reuse, self.config.seed * 1_000_003 + step)
-        updates: list[list[Experience | SupervisedBatch | PreferenceBatch]] = []
+        updates: list[list[AnyBatch]] = []
         per_round = self.config.reuse * (answers // size)
         for number, rows in enumerate(order):
-            batches: list[Experience | SupervisedBatch | PreferenceBatch] = [select(experience, torch.tensor(rows))]
+            batches: list[AnyBatch] = [select(experience, torch.tensor(rows))]
             if self.ptx is not None:
                 batches.append(self.ptx.batch(step * per_round + number))
             updates.append(batches)

@@ -10,19 +10,15 @@ from typing import Any, Protocol
 
 import torch
 
-from dressage.batches import Experience, PreferenceBatch, SupervisedBatch
 from dressage.config import TrainingConfig
 from dressage.errors import CheckpointError
 from dressage.monitor.metrics import METRICS
 from dressage.monitor.writers import Monitor
 from dressage.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from dressage.training.update import WORST, Learner, Sums
-
-AnyBatch = SupervisedBatch | PreferenceBatch | Experience
-
+from dressage.training.update import WORST, AnyBatch, Learner, Sums
 
 # Updates name the terms of any loss; an offline stage has but one, and the log calls it so.
-NAMES = {"loss": "loss/train", "accuracy": "accuracy/train"}
+NAMES = {"loss": "loss/train", "accuracy": "accuracy/train", "margin": "margin/train"}
 
 
 @dataclass(frozen=True)
