@@ -209,7 +209,10 @@ def build_learner(
 
 def build_algorithm(config: PpoConfig) -> Algorithm:
     """The row of the catalog with this run's settings."""
-    return algorithm(config.algorithm).with_settings(config.settings)
+    row = algorithm(config.algorithm)
+    if row.advantage is None:
+        raise ConfigError(f"algorithm={config.algorithm!r}: does not learn from sampled answers; see `dressage dpo`")
+    return row.with_settings(config.settings)
 
 
 def build_preference_algorithm(config: DpoConfig) -> Algorithm:

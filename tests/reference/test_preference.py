@@ -55,8 +55,8 @@ def ratings(good: list[bool], reference: list[float], kl: float) -> RatingBatch:
 
 def loss_of(row: Algorithm, logprobs: Tensor, batch: Any) -> Tensor:
     """The sum of the terms for every pair or answer, from log-probabilities of whole answers."""
-    assert row.reward is not None
-    terms = row.losses[type(batch)](row.reward(logprobs, batch, row.settings), batch, row.settings)
+    assert row.implicit_reward is not None
+    terms = row.losses[type(batch)](row.implicit_reward(logprobs, batch, row.settings), batch, row.settings)
     return torch.stack(list(terms.values())).sum(0)
 
 
@@ -126,7 +126,7 @@ def test_orpo_by_hand() -> None:
     row = algorithm("orpo").with_settings({"odds_coef": 0.3})
     said = [3 * log(1 / 2), 2 * log(1 / 5)]
     terms = row.losses[PreferenceBatch](
-        row.reward(tensor(said), pairs([3, 2]), row.settings), pairs([3, 2]), row.settings
+        row.implicit_reward(tensor(said), pairs([3, 2]), row.settings), pairs([3, 2]), row.settings
     )  # type: ignore[misc]
     assert terms["nll"].item() == pytest.approx(log(2))
     assert terms["odds"].item() == pytest.approx(0.3 * log(1 + 1 / 4))
@@ -340,7 +340,7 @@ def test_the_better_answer_is_pulled_up_and_the_worse_one_down(name: str) -> Non
 
 
 def test_rows_say_whether_they_need_a_reference_and_what_they_learn_from() -> None:
-    rows = {name: row for name, row in ALGORITHMS.items() if row.reward is not None}
+    rows = {name: row for name, row in ALGORITHMS.items() if row.implicit_reward is not None}
     assert set(rows) == {*PAIRED, "kto"}
     assert {name for name, row in rows.items() if row.roles == {"reference"}} == {"dpo", "cdpo", "ipo", "kto"}
     assert all(not rows[name].roles for name in ("orpo", "simpo"))

@@ -13,7 +13,7 @@ import pytest
 Command = Callable[..., Any]
 Write = Callable[..., Path]
 
-VERBS = ["quickstart", "run", "sft", "reward", "ppo", "sample", "rank", "evaluate", "chat", "report", "recipes"]
+VERBS = ["quickstart", "run", "sft", "reward", "dpo", "ppo", "sample", "rank", "evaluate", "chat", "report", "recipes"]
 STAGES = ["sft", "samples", "rank", "reward", "ppo", "before", "after", "evaluate"]
 PIPELINE = """
 description: The whole loop in seconds.

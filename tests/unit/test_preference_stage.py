@@ -366,6 +366,12 @@ def test_bad_settings_are_one_line(
     assert not (tmp_path / "o").exists()
 
 
+def test_ppo_does_not_learn_from_rankings(dressage: Command, compared: Path, tiny_model: Path, tmp_path: Path) -> None:
+    asked = ["ppo", f"model.name={tiny_model}", f'prompts.sources=["{compared}"]', "reward_model=x", "algorithm=dpo"]
+    ran = dressage(*asked, "training.steps=1", "--out", tmp_path / "o")
+    assert ran.exit_code == 2 and "does not learn from sampled answers" in ran.stderr
+
+
 def test_a_dry_run_counts_what_is_there(dressage: Command, asked: list[str], tmp_path: Path) -> None:
     foretold = {}
     for name in ("dpo", "simpo", "kto"):

@@ -59,8 +59,8 @@ class Algorithm:
     """The method's own defaults."""
     roles: frozenset[ModelRole] = frozenset()
     """Models needed beside the one being trained."""
-    reward: ImplicitReward | None = None
-    """How what a policy says of an answer is read as its reward; none: rewards are a reward model's, or sampled for."""
+    implicit_reward: ImplicitReward | None = None
+    """How a policy's log-probability of an answer is read as its reward; none: rewards come from a reward model."""
     advantage: Advantage | None = None
     """How rewards become advantages; none: nothing is sampled."""
     weigh: Weigh = token_mean
@@ -80,7 +80,7 @@ REWARD = Algorithm(losses={PreferenceBatch: partial(ranking_loss, pair_loss=log_
 
 DPO = Algorithm(
     losses={PreferenceBatch: dpo_loss},
-    reward=log_ratio_reward,
+    implicit_reward=log_ratio_reward,
     roles=frozenset({"reference"}),
     settings=DpoSettings(),
 )
@@ -99,13 +99,18 @@ ALGORITHMS: Mapping[str, Algorithm] = {
     "reward_log_exp": replace(REWARD, losses={PreferenceBatch: partial(ranking_loss, pair_loss=log_exp)}),
     "dpo": DPO,
     "cdpo": replace(DPO, settings=DpoSettings(label_smoothing=0.1)),
-    "ipo": replace(DPO, losses={PreferenceBatch: ipo_loss}, reward=mean_log_ratio_reward, settings=IpoSettings()),
+    "ipo": replace(
+        DPO, losses={PreferenceBatch: ipo_loss}, implicit_reward=mean_log_ratio_reward, settings=IpoSettings()
+    ),
     "kto": replace(DPO, losses={RatingBatch: kto_loss}, settings=KtoSettings()),
     "orpo": replace(
-        WITHOUT_REFERENCE, losses={PreferenceBatch: orpo_loss}, reward=log_odds_reward, settings=OrpoSettings()
+        WITHOUT_REFERENCE, losses={PreferenceBatch: orpo_loss}, implicit_reward=log_odds_reward, settings=OrpoSettings()
     ),
     "simpo": replace(
-        WITHOUT_REFERENCE, losses={PreferenceBatch: simpo_loss}, reward=mean_logprob_reward, settings=SimpoSettings()
+        WITHOUT_REFERENCE,
+        losses={PreferenceBatch: simpo_loss},
+        implicit_reward=mean_logprob_reward,
+        settings=SimpoSettings(),
     ),
     "ppo": PPO,
 }
@@ -121,7 +126,7 @@ def algorithm(name: str) -> Algorithm:
 def preference_algorithm(name: str) -> Algorithm:
     """The row of this name, one that teaches a policy people's judgements; any other name is a ConfigError."""
     row = algorithm(name)
-    if row.reward is None:
-        known = ", ".join(known for known, other in ALGORITHMS.items() if other.reward is not None)
+    if row.implicit_reward is None:
+        known = ", ".join(known for known, other in ALGORITHMS.items() if other.implicit_reward is not None)
         raise ConfigError(f"algorithm={name!r}: does not learn from preferences; those that do: {known}")
     return row

@@ -38,7 +38,8 @@ _TABLE = (
         "loss/train",
         "nats",
         "How surprised the model is by what it learns from: by a token (sft), or by a person's choice between two "
-        "answers (reward, dpo; a coin toss would be 0.693 = ln 2). 0 is perfect.",
+        "answers (reward, dpo; a coin toss would be 0.693 = ln 2; ipo, kto and orpo have scales of their own). 0 is "
+        "perfect.",
         "falls, first fast, then slowly",
     ),
     Metric(

@@ -97,27 +97,27 @@ class Learner:
         return _backward(shares) | {"tokens": _size(batch.attention_mask)}
 
     def _preference(self, batch: PreferenceBatch, totals: Totals) -> Sums:
-        if self.algorithm.reward is None:
+        better, worse = ranking_pairs(batch.group, batch.rank)
+        watched = {}
+        if self.algorithm.implicit_reward is None:
             rewards = score_sequences(self.policy, batch.tokens, batch.attention_mask, batch.last)
         else:
             logprobs = self._answer_logprobs(batch)
-            rewards = self.algorithm.reward(logprobs, batch, self.algorithm.settings)
+            rewards = self.algorithm.implicit_reward(logprobs, batch, self.algorithm.settings)
+            watched = {CHOSEN: logprobs.detach()[better], REJECTED: logprobs.detach()[worse]}
         terms = self.algorithm.losses[PreferenceBatch](rewards, batch, self.algorithm.settings)
-        better, worse = ranking_pairs(batch.group, batch.rank)
         prompt = batch.group[better]
         shares = {f"loss/{name}": aggregate_pairs(term, prompt, totals) for name, term in terms.items()}
-        watched = ranking_statistics(rewards.detach(), batch)
-        if self.algorithm.reward is not None:
-            watched |= {CHOSEN: logprobs.detach()[better], REJECTED: logprobs.detach()[worse]}
+        watched |= ranking_statistics(rewards.detach(), batch)
         measures = {name: float(aggregate_pairs(value, prompt, totals)) for name, value in watched.items()}
         return _backward(shares) | measures | {"tokens": _size(batch.attention_mask)}
 
     def _rating(self, batch: RatingBatch, totals: Totals, sides: Mapping[int, Totals]) -> Sums:
         """`totals` of all answers, `sides` of the good (1) and the bad (-1)."""
         settings, everyone = self.algorithm.settings, batch.rating != 0
-        assert isinstance(settings, KtoSettings) and self.algorithm.reward is not None
+        assert isinstance(settings, KtoSettings) and self.algorithm.implicit_reward is not None
         logprobs = self._answer_logprobs(batch)
-        rewards = self.algorithm.reward(logprobs, batch, settings)
+        rewards = self.algorithm.implicit_reward(logprobs, batch, settings)
         terms = self.algorithm.losses[RatingBatch](rewards, batch, settings)
         shares = {f"loss/{name}": aggregate(term, everyone, totals) for name, term in terms.items()}
         watched = rating_statistics(rewards.detach(), batch, settings)
