@@ -22,12 +22,12 @@ from dressage.algorithms.preference import (
     KtoSettings,
     OrpoSettings,
     SimpoSettings,
-    answer_logprobs,
     dpo_loss,
     ipo_loss,
     kto_loss,
     log_odds_reward,
     rating_statistics,
+    summed_over_answers,
 )
 from dressage.algorithms.reward_modeling import ranking_pairs
 from dressage.batches import PreferenceBatch, RatingBatch
@@ -271,7 +271,7 @@ def made_up(seed: int, rows: int = 8) -> tuple[Tensor, PreferenceBatch, RatingBa
     logprobs = -torch.rand(rows, 9, generator=generator, dtype=torch.float64) - 0.05
     tokens, real = torch.zeros(rows, 9, dtype=torch.int64), torch.arange(9) < 2 + lengths[:, None]
     group, rank = torch.arange(rows) // 2, torch.randint(0, 3, (rows,), generator=generator)
-    reference = answer_logprobs(logprobs, response) + torch.randn(rows, generator=generator, dtype=torch.float64)
+    reference = summed_over_answers(logprobs, response) + torch.randn(rows, generator=generator, dtype=torch.float64)
     ranked = PreferenceBatch(tokens, real, response, lengths + 1, group, rank, reference)
     rating = tensor([1, -1]).repeat(rows // 2)
     return logprobs, ranked, RatingBatch(tokens, real, response, rating, reference, torch.full((rows,), 0.3))
@@ -279,7 +279,7 @@ def made_up(seed: int, rows: int = 8) -> tuple[Tensor, PreferenceBatch, RatingBa
 
 def total(row: Algorithm, logprobs: Tensor, ranked: PreferenceBatch, rated: RatingBatch) -> Tensor:
     batch: Any = rated if RatingBatch in row.losses else ranked
-    return loss_of(row, answer_logprobs(logprobs, batch.response_mask), batch).sum()
+    return loss_of(row, summed_over_answers(logprobs, batch.response_mask), batch).sum()
 
 
 def per_row(batch: Any, change: Any) -> Any:

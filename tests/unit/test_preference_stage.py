@@ -293,6 +293,24 @@ def test_the_report_shows_what_was_learnt(dressage: Command, asked: list[str], t
     assert "the policy learns what is preferred" in page
 
 
+@pytest.mark.parametrize(
+    ("metric", "values", "level"),
+    [
+        ("accuracy/heldout", [0.5, 0.7], "ok"),
+        ("accuracy/heldout", [0.7, 0.5], "warn"),
+        ("loss/heldout", [0.69, 0.6], "ok"),
+        ("loss/heldout", [0.69, 0.8], "warn"),
+        ("logprobs/chosen", [-60.0, -58.0, -75.0, -80.0], "ok"),
+        ("logprobs/chosen", [-60.0, -58.0, -75.0, -120.0], "warn"),
+    ],
+)
+def test_its_health_is_judged(metric: str, values: list[float], level: str) -> None:
+    from dressage.monitor.health import verdicts
+
+    found = verdicts("dpo", [{"step": step, metric: value} for step, value in enumerate(values)])
+    assert [(verdict.metric, verdict.level) for verdict in found] == [(metric, level)]
+
+
 def test_the_policy_can_be_talked_to(dressage: Command, asked: list[str], tmp_path: Path) -> None:
     from typer.testing import CliRunner
 

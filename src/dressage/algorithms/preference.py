@@ -91,7 +91,7 @@ class SimpoSettings:
 # --- readings of log-probabilities as rewards -------------------------------------------------------------------------
 
 
-def answer_logprobs(logprobs: PerToken, response_mask: Mask) -> PerSequence:
+def summed_over_answers(logprobs: PerToken, response_mask: Mask) -> PerSequence:
     """Log-probability [N] of each whole answer from its tokens' [N, T]."""
     return logprobs.masked_fill(~response_mask, 0.0).sum(-1)
 

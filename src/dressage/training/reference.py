@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from dressage.algorithms.preference import answer_logprobs
+from dressage.algorithms.preference import summed_over_answers
 from dressage.batches import PerSequence
 from dressage.data.order import length_sorted_chunks
 from dressage.data.prepare import EncodedRanking, EncodedRating
@@ -51,7 +51,7 @@ def score_answers(role: Role, answers: Sequence[Encoded], progress: Progress = l
         tokens = pad_right([answers[i].tokens for i in chunk], 0).to(device)
         real = pad_right([[True] * len(answers[i].tokens) for i in chunk], False).to(device)
         wanted = pad_right([answers[i].loss_mask for i in chunk], False).to(device)
-        found[chunk] = answer_logprobs(score_tokens(role, tokens, real, wanted).logprobs, wanted).cpu()
+        found[chunk] = summed_over_answers(score_tokens(role, tokens, real, wanted).logprobs, wanted).cpu()
         progress(len(chunk))
     return found
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from dressage.algorithms.aggregate import Totals, aggregate, aggregate_pairs, count, rankings_total
 from dressage.algorithms.catalog import Algorithm
 from dressage.algorithms.policy_gradient import PolicyGradientSettings, ppo_statistics
-from dressage.algorithms.preference import KtoSettings, answer_logprobs, log_ratio, rating_statistics
+from dressage.algorithms.preference import KtoSettings, log_ratio, rating_statistics, summed_over_answers
 from dressage.algorithms.reward_modeling import ranking_pairs, ranking_statistics
 from dressage.batches import (
     Batch,
@@ -143,7 +143,7 @@ class Learner:
 
     def _answer_logprobs(self, batch: PreferenceBatch | RatingBatch) -> PerSequence:
         scores = score_tokens(self.policy, batch.tokens, batch.attention_mask, batch.response_mask)
-        return answer_logprobs(scores.logprobs, batch.response_mask)
+        return summed_over_answers(scores.logprobs, batch.response_mask)
 
     def _experience(self, batch: Experience, totals: Totals) -> Sums:
         settings = self.algorithm.settings
