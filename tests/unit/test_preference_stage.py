@@ -286,6 +286,18 @@ def test_a_policy_is_trained_and_answers(name: str, dressage: Command, asked: li
     assert len((tmp_path / "answers" / "answers.jsonl").read_text(encoding="utf-8").splitlines()) == 2
 
 
+def test_asking_the_reference_moves_no_row_to_the_other_side(
+    dressage: Command, asked: list[str], tmp_path: Path
+) -> None:
+    """Methods with and without a reference learn from the same rows and hold out the same."""
+    for name in ("dpo", "simpo"):
+        ran_well(dressage(*asked, f"algorithm={name}", "optimizer.learning_rate=0", "--out", tmp_path / name))
+    with_it, without = (read_metrics(tmp_path / name) for name in ("dpo", "simpo"))
+    for metric in ("logprobs/chosen", "logprobs/chosen_heldout"):
+        values = [[row[metric] for row in rows if metric in row] for rows in (with_it, without)]
+        assert values[0] == pytest.approx(values[1], rel=1e-6) and len(values[0]) >= 2
+
+
 def test_the_report_shows_what_was_learnt(dressage: Command, asked: list[str], tmp_path: Path) -> None:
     ran_well(dressage(*asked, "--out", tmp_path / "run"))
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
