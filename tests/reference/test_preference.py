@@ -150,6 +150,12 @@ def test_the_log_odds_of_a_certain_answer_are_finite() -> None:
     assert loss.isfinite() and said.grad is not None and said.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("name", PAIRED)
+def test_an_answer_without_tokens_ruins_nothing(name: str) -> None:
+    """Cut before its first word: log P is 0, and nothing divides by its length."""
+    assert loss_of(algorithm(name), tensor([-3.0, 0.0]), pairs([4, 0], [-2.0, 0.0])).isfinite().all()
+
+
 def test_kto_by_hand() -> None:
     """Rewards 0.5 (3) and 0.5 (-1), KL 0.5 (2) = 1: the good one is half beyond it, the bad one 1.5 below it."""
     row = algorithm("kto").with_settings({"beta": 0.5, "good_weight": 2.0, "bad_weight": 3.0})

@@ -164,6 +164,8 @@ def test_an_unrelated_answer_is_cut_to_fit() -> None:
     short, long = Encoded((7, 7, 1), (False, False, True)), Encoded((8, 2, 3, 4), (False, True, True, True))
     found = mismatched([short, long], max_tokens=4)
     assert found == [Encoded((7, 7, 2, 3), (False, False, True, True)), Encoded((8, 1), (False, True))]
+    empty = Encoded((7, 7), (False, False))
+    assert mismatched([empty, long], max_tokens=5)[1] == Encoded((8,), (False,))
 
 
 def test_prompts(template: ChatTemplate) -> None:

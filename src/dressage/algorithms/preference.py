@@ -185,7 +185,8 @@ def _pairs(rewards: PerSequence, batch: PreferenceBatch) -> tuple[PerPair, PerPa
 
 
 def _lengths(batch: Judged) -> PerSequence:
-    return batch.response_mask.sum(-1)
+    # An answer that was cut before its first word has no tokens; its mean is then 0, not 0 / 0.
+    return batch.response_mask.sum(-1).clamp(min=1)
 
 
 def _require_above_0(settings: object, *names: str) -> None:

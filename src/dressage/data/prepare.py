@@ -119,7 +119,7 @@ def mismatched(rows: Sequence[Encoded], max_tokens: int) -> list[Encoded]:
     In the order of their prompts, a row takes the answer that stands as far on as the most rows of one prompt reach:
     that is another prompt's, unless one prompt has more than half of all rows.
     """
-    starts = [row.loss_mask.index(True) for row in rows]
+    starts = [len(row.tokens) - sum(row.loss_mask) for row in rows]
     prompts = [row.tokens[:start] for row, start in zip(rows, starts, strict=True)]
     order = sorted(range(len(rows)), key=lambda i: prompts[i])
     shift = max(Counter(prompts).values(), default=0)
