@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from dressage.algorithms.catalog import Algorithm
+from dressage.algorithms.catalog import Algorithm, preference_algorithm
 from dressage.config import (
     DataConfig,
+    DpoConfig,
     LoraConfig,
     ModelConfig,
     OptimizerConfig,
@@ -22,8 +23,15 @@ from dressage.config import (
     TrainingConfig,
 )
 from dressage.data.order import steps_per_epoch
-from dressage.data.prepare import Prepared, prepare_demonstrations, prepare_prompts, prepare_rankings, split
-from dressage.data.sources import Loaded, read_demonstrations, read_prompts, read_rankings
+from dressage.data.prepare import (
+    Prepared,
+    prepare_demonstrations,
+    prepare_prompts,
+    prepare_rankings,
+    prepare_ratings,
+    split,
+)
+from dressage.data.sources import Loaded, read_demonstrations, read_prompts, read_rankings, read_ratings
 from dressage.data.template import ChatTemplate
 from dressage.errors import ConfigError, DataError
 from dressage.material import path as material_path
@@ -37,7 +45,7 @@ from dressage.rollout.engine import Engine
 from dressage.training.optimizer import Optimizer, learning_rate
 from dressage.training.update import Learner
 
-Records = Literal["demonstrations", "rankings", "prompts"]
+Records = Literal["demonstrations", "rankings", "ratings", "prompts"]
 MATERIAL = "material:"
 
 
@@ -84,6 +92,7 @@ def _records(kind: Records, sources: Sequence[str], data: DataConfig, notes: lis
     readers: dict[Records, Callable[..., Loaded[Any]]] = {
         "demonstrations": read_demonstrations,
         "rankings": read_rankings,
+        "ratings": read_ratings,
         "prompts": read_prompts,
     }
     read = readers[kind]
@@ -107,11 +116,13 @@ def _prepare(kind: Records, records: Sequence[Any], data: DataConfig, template: 
             return prepare_demonstrations(records, template, **limits)  # type: ignore[arg-type]
         case "rankings":
             return prepare_rankings(records, template, **limits)  # type: ignore[arg-type]
+        case "ratings":
+            return prepare_ratings(records, template, **limits)  # type: ignore[arg-type]
         case "prompts":
             return prepare_prompts(records, template, **limits)  # type: ignore[arg-type]
 
 
-def learning_model(config: SftConfig | RewardConfig | PpoConfig) -> ModelConfig:
+def learning_model(config: SftConfig | RewardConfig | DpoConfig | PpoConfig) -> ModelConfig:
     """The model as it is loaded to learn: where all weights do, they are float32 (steps get lost in bfloat16)."""
     if config.lora is not None:
         return config.model
@@ -163,7 +174,7 @@ def total_steps(config: TrainingConfig, rows: int) -> int:
 def build_learner(
     row: Algorithm,
     policy: Role,
-    config: SftConfig | RewardConfig | PpoConfig,
+    config: SftConfig | RewardConfig | DpoConfig | PpoConfig,
     updates: int,
     *,
     value: Role | None = None,
@@ -194,6 +205,11 @@ def build_learner(
         temperature=config.rollout.temperature if isinstance(config, PpoConfig) else 1.0,
         max_length=config.rollout.max_new_tokens if isinstance(config, PpoConfig) else 1,
     )
+
+
+def build_preference_algorithm(config: DpoConfig) -> Algorithm:
+    """The row of the catalog with this run's settings."""
+    return preference_algorithm(config.algorithm).with_settings(config.settings)
 
 
 def build_value(row: Algorithm, config: PpoConfig, reward_model: Role) -> Role | None:

@@ -15,7 +15,7 @@ PerToken = Tensor
 PerSequence = Tensor
 Scalar = Tensor
 
-Batch = TypeVar("Batch", "SupervisedBatch", "PreferenceBatch", "Experience")
+Batch = TypeVar("Batch", "SupervisedBatch", "PreferenceBatch", "RatingBatch", "Experience")
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,19 @@ class PreferenceBatch:
     last: Ints  # [N] index of the last real token: where a reward model reads its score
     group: Ints  # [N]
     rank: Ints  # [N] 0 is best, equal ranks are a tie
+    ref_answer_logprobs: PerSequence | None = None  # [N] of each whole answer; None: no reference
+
+
+@dataclass(frozen=True)
+class RatingBatch:
+    """Answers judged one by one, and unrelated ones, from which only the KL to the reference is estimated."""
+
+    tokens: Ints  # [N, T] prompt and answer
+    attention_mask: Mask  # [N, T] True on real tokens
+    response_mask: Mask  # [N, T] True on the answer and its end mark
+    rating: Ints  # [N] 1 is good, -1 bad, 0 unrelated: another prompt's answer
+    ref_answer_logprobs: PerSequence | None = None  # [N] of each whole answer; None: no reference
+    kl: PerSequence | None = None  # [N] the update's estimate, nats an answer, the same for all; None: not yet made
 
 
 @dataclass(frozen=True)

@@ -145,6 +145,7 @@ def _stage_verb(verb: str, what: str, *, kind: str | None = None, default: str |
 
 _stage_verb("sft", "Learn demonstrations: supervised fine-tuning.")
 _stage_verb("reward", "Learn rankings: a reward model.")
+_stage_verb("dpo", "Learn rankings or ratings without a reward model: DPO, IPO, KTO, ORPO, SimPO.")
 _stage_verb("ppo", "Train the policy against a reward model.")
 _stage_verb(
     "rl",

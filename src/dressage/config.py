@@ -232,6 +232,27 @@ class RewardConfig(StageConfig):
         return self
 
 
+class DpoConfig(StageConfig):
+    """Straight from people's judgements to a policy, without a reward model: DPO and its relatives."""
+
+    kind: Literal["dpo"] = "dpo"
+    algorithm: str = "dpo"
+    """A row of the catalog (dressage/algorithms/catalog.py): dpo, cdpo, ipo, kto, orpo, simpo."""
+    settings: Mapping[str, float | bool] = {}
+    """What differs from the row's own settings: beta, label_smoothing, margin ..."""
+    data: DataConfig
+    """Rankings or comparisons; kto takes ratings too, and learns from answers one by one."""
+    lora: LoraConfig | None = LoraConfig()
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-5)
+    training: TrainingConfig = TrainingConfig(batch_size=8)
+    """batch_size counts prompts, each with its K answers (kto: rated answers)."""
+
+    @model_validator(mode="after")
+    def _no_dropout(self) -> DpoConfig:
+        _refuse_dropout(self.lora)
+        return self
+
+
 class PpoConfig(StageConfig):
     """Reinforcement learning against a reward model, by PPO or another row of the catalog."""
 
@@ -357,6 +378,7 @@ class EvaluateConfig(Settings):
 STAGE_KINDS: Mapping[str, type[Settings]] = {
     "sft": SftConfig,
     "reward": RewardConfig,
+    "dpo": DpoConfig,
     "ppo": PpoConfig,
     "sample": SampleConfig,
     "rank": RankConfig,

@@ -71,6 +71,17 @@ class Ranking:
 
 
 @dataclass(frozen=True)
+class Rating:
+    """An answer judged by itself: thumbs up or down."""
+
+    prompt: Prompt
+    answer: str
+    good: bool
+    finished: bool = True
+    """False where the answer was cut: such a text gets no end mark."""
+
+
+@dataclass(frozen=True)
 class Sampling:
     """How answers are drawn. Sample k of a prompt depends on (seed, prompt, k) alone, not on its batch."""
 

@@ -14,7 +14,9 @@ from rich.progress import Progress
 from dressage import assemble
 from dressage.algorithms.catalog import algorithm
 from dressage.algorithms.reward_modeling import affine_normalisation
+from dressage.batches import RatingBatch
 from dressage.config import (
+    DpoConfig,
     EvaluateConfig,
     PpoConfig,
     RankConfig,
@@ -23,7 +25,7 @@ from dressage.config import (
     Settings,
     SftConfig,
 )
-from dressage.data.collate import collate_demonstrations, collate_rankings
+from dressage.data.collate import collate_demonstrations, collate_rankings, collate_ratings
 from dressage.data.prepare import EncodedRanking
 from dressage.data.sources import read_rankings
 from dressage.data.template import ChatTemplate
@@ -47,8 +49,9 @@ from dressage.rewards.learned import score_rows
 from dressage.schema import Completion, Message, Prompt, Rollout, Sampling
 from dressage.training.batch_sources import DatasetSource, RolloutSource, logprobs_of
 from dressage.training.online import online_algorithm, updates_per_round
+from dressage.training.reference import with_reference
 from dressage.training.trainer import BatchSource, train
-from dressage.training.update import Learner
+from dressage.training.update import CHOSEN, REJECTED, Learner
 
 ANSWERS, RANKINGS, EVALUATION, DATA = "answers.jsonl", "rankings.jsonl", "evaluation.json", "data.json"
 
@@ -141,6 +144,43 @@ def _lengths(rows: Sequence[EncodedRanking]) -> list[float]:
     return [float(sum(answer.loss_mask)) for row in rows for answer in row.answers]
 
 
+def dpo(config: DpoConfig, folder: Path, console: Console | None) -> None:
+    """Answers that people judged -> a policy that prefers as they do: folder/policy."""
+    row = assemble.build_preference_algorithm(config)
+    template = assemble.build_template(config.model)
+    one_by_one = RatingBatch in row.losses
+    rows = assemble.build_rows("ratings" if one_by_one else "rankings", config.data, template, config.seed)
+    _note(folder, rows.notes, console)
+    backbone = load_backbone(assemble.learning_model(config))
+    train_rows, heldout = list(rows.train), list(rows.heldout)
+    if "reference" in row.roles:
+        # Before anything learns the model is its own reference, with whole weights too.
+        judged = _referenced([*train_rows, *heldout], Role(backbone), folder, console)
+        train_rows, heldout = judged[: len(train_rows)], judged[len(train_rows) :]
+    policy = assemble.build_role(backbone, "policy", config.lora, seed=config.seed)
+    steps = assemble.total_steps(config.training, len(train_rows))
+    learner = assemble.build_learner(row, policy, config, steps)
+
+    def collate(encoded: Sequence[Any]) -> Any:
+        return (collate_ratings if one_by_one else collate_rankings)(encoded, template.pad_token)
+
+    def measure() -> dict[str, float]:
+        measured = learner.measure(collate(heldout))
+        return {f"{name}/heldout": measured[name] for name in ("loss", "accuracy", "margin") if name in measured} | {
+            f"{name}_heldout": measured[name] for name in (CHOSEN, REJECTED) if name in measured
+        }
+
+    source = DatasetSource(train_rows, collate, config.training.batch_size, config.seed)
+    _train(source, learner, config, folder, steps, console, measure if heldout else None)
+    save_role(folder / "policy", policy, "policy", config.model, tokenizer=template.tokenizer)
+
+
+def _referenced(rows: Sequence[Any], reference: Role, folder: Path, console: Console | None) -> list[Any]:
+    with Progress(console=console or Console(quiet=True), transient=True) as progress:
+        task = progress.add_task("reference", total=sum(len(row.answers) for row in rows))
+        return with_reference(rows, reference, folder, lambda read: progress.advance(task, read))
+
+
 def ppo(config: PpoConfig, folder: Path, console: Console | None) -> None:
     """Prompts and a reward model -> a policy that earns more: folder/policy."""
     row = online_algorithm(config)
@@ -186,7 +226,7 @@ def ppo(config: PpoConfig, folder: Path, console: Console | None) -> None:
 def _train(
     source: BatchSource,
     learner: Learner,
-    config: SftConfig | RewardConfig | PpoConfig,
+    config: SftConfig | RewardConfig | DpoConfig | PpoConfig,
     folder: Path,
     steps: int,
     console: Console | None,
@@ -375,6 +415,7 @@ def evaluate(config: EvaluateConfig, folder: Path, console: Console | None) -> N
 WORK: Mapping[str, Callable[[Any, Path, Console | None], None]] = {
     "sft": sft,
     "reward": reward,
+    "dpo": dpo,
     "ppo": ppo,
     "sample": sample,
     "rank": rank,

@@ -13,7 +13,8 @@ import pytest
 Command = Callable[..., Any]
 Write = Callable[..., Path]
 
-VERBS = ["quickstart", "run", "sft", "reward", "ppo", "rl", "sample", "rank", "evaluate", "chat", "report", "recipes"]
+VERBS = ["quickstart", "run", "sft", "reward", "dpo", "ppo", "rl", "sample", "rank", "evaluate", "chat", "report"]
+VERBS += ["recipes"]
 STAGES = ["sft", "samples", "rank", "reward", "ppo", "before", "after", "evaluate"]
 PIPELINE = """
 description: The whole loop in seconds.

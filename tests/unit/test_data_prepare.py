@@ -14,12 +14,20 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from dressage.batches import select
-from dressage.data.collate import collate_demonstrations, collate_rankings
+from dressage.data.collate import collate_demonstrations, collate_rankings, collate_ratings
 from dressage.data.order import batch_indices, length_sorted_chunks, steps_per_epoch
-from dressage.data.prepare import EncodedRanking, prepare_demonstrations, prepare_prompts, prepare_rankings, split
+from dressage.data.prepare import (
+    EncodedRanking,
+    mismatched,
+    prepare_demonstrations,
+    prepare_prompts,
+    prepare_rankings,
+    prepare_ratings,
+    split,
+)
 from dressage.data.template import ChatTemplate, Encoded
 from dressage.errors import DataError
-from dressage.schema import Demonstration, Message, Prompt, Ranking
+from dressage.schema import Demonstration, Message, Prompt, Ranking, Rating
 
 END = 2
 
@@ -127,6 +135,39 @@ def test_rankings(template: ChatTemplate) -> None:
         prepare_rankings([three, same], template, max_tokens=5, on_too_long="error")
 
 
+def test_ratings_come_with_another_prompts_answer(template: ChatTemplate) -> None:
+    asked = [Rating(Prompt.of(p), a, good, end) for p, a, good, end in
+             (("q", "yes", True, True), ("r", "no", False, False), ("q", "long answer", False, True))]  # fmt: skip
+    prepared = prepare_ratings(asked, template, max_tokens=9)
+    assert [reason.reason for reason in prepared.dropped] == ["answer too long"]
+    assert [row.good for row in prepared.rows] == [True, False]
+    texts = [[shown(answer) for answer in row.answers] for row in prepared.rows]
+    assert texts == [
+        [("q|yes$", "--xxxx"), ("q|no", "--xx")],
+        [("r|no", "--xx"), ("r|yes$", "--xxxx")],
+    ]
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 99)), min_size=1, max_size=12))
+def test_unrelated_answers_are_used_once_and_are_another_prompts(rows: list[tuple[int, int]]) -> None:
+    """Prompt p is the token p, answer a the tokens 100 + a and p: it shows whose it was."""
+    encoded = [Encoded((p, 100 + a, p), (False, True, True)) for p, a in rows]
+    found = mismatched(encoded, max_tokens=3)
+    assert [row.tokens[0] for row in found] == [p for p, _ in rows]
+    assert Counter(row.tokens[1:] for row in found) == Counter(row.tokens[1:] for row in encoded)
+    assert all(row.loss_mask == (False, True, True) for row in found)
+    if max(Counter(p for p, _ in rows).values()) <= len(rows) / 2:
+        assert all(row.tokens[0] != row.tokens[2] for row in found)
+
+
+def test_an_unrelated_answer_is_cut_to_fit() -> None:
+    short, long = Encoded((7, 7, 1), (False, False, True)), Encoded((8, 2, 3, 4), (False, True, True, True))
+    found = mismatched([short, long], max_tokens=4)
+    assert found == [Encoded((7, 7, 2, 3), (False, False, True, True)), Encoded((8, 1), (False, True))]
+    empty = Encoded((7, 7), (False, False))
+    assert mismatched([empty, long], max_tokens=5)[1] == Encoded((8,), (False,))
+
+
 def test_prompts(template: ChatTemplate) -> None:
     prompts = [Prompt.of("abc"), Prompt.of("abcd")]
     for policy in ("drop", "cut"):
@@ -217,6 +258,18 @@ def test_rankings_by_hand() -> None:
     assert_close(batch.tokens[3], torch.tensor([7, 8, END, END]))
     part = select(batch, torch.tensor([3, 4]))
     assert_close(part.group, torch.tensor([1, 1]))
+
+
+def test_ratings_by_hand(template: ChatTemplate) -> None:
+    """Each rated answer and its unrelated one are neighbours, with what the reference says of them."""
+    asked = [Rating(Prompt.of("q"), "yes", True), Rating(Prompt.of("r"), "n", False)]
+    rows = prepare_ratings(asked, template, max_tokens=9).rows
+    batch = collate_ratings(rows, END)
+    assert batch.rating.tolist() == [1, 0, -1, 0]
+    assert batch.response_mask.sum(-1).tolist() == [4, 2, 2, 4] and batch.ref_answer_logprobs is None
+    asked_twice = [replace(row, ref_answer_logprobs=(-1.0 - n, -3.0 - n)) for n, row in enumerate(rows)]
+    reference = collate_ratings(asked_twice, END).ref_answer_logprobs
+    assert reference is not None and reference.tolist() == [-1.0, -3.0, -2.0, -4.0]
 
 
 def test_padding_changes_nothing(template: ChatTemplate) -> None:

@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dressage.data.formats import FORMATS, BadRow
-from dressage.data.sources import read_demonstrations, read_prompts, read_rankings
+from dressage.data.sources import read_demonstrations, read_prompts, read_rankings, read_ratings
 from dressage.errors import DataError
-from dressage.schema import Demonstration, Message, Prompt, Ranking
+from dressage.schema import Demonstration, Message, Prompt, Ranking, Rating
 
 Write = Callable[..., str]
 
@@ -227,6 +227,30 @@ def test_own_rankings_are_read_to_the_letter(write: Write) -> None:
            "annotator": "simulated: brief", "simulated": True}  # fmt: skip
     ranking = Ranking(Prompt.of(" a\n"), (" x ", "", "z"), (0, 1, 1), (True, True, False))
     assert read_rankings(write(row)).records == (ranking,)
+
+
+def test_ratings_and_what_is_worth_imitating_among_them(write: Write) -> None:
+    source = write(*({"prompt": "a", "completion": answer, "label": answer == "b"} for answer in "bc"))
+    assert read_ratings(source).records == (Rating(Prompt.of("a"), "b", True), Rating(Prompt.of("a"), "c", False))
+    assert read_demonstrations(source).records == (Demonstration(talk("a", "b")),)
+    assert read_prompts(source).records == (Prompt.of("a"),)
+    with pytest.raises(DataError, match=r":1: a label that is not true or false \('good'\)"):
+        read_ratings(write({"prompt": "a", "completion": "b", "label": "good"}))
+
+
+def test_rankings_split_apart_into_ratings(write: Write) -> None:
+    """The best are good, the worst are not, the middle says nothing; where all are tied nothing is said."""
+    own = {"prompt": "p", "answers": ["a", "b", "c", "d"], "ranks": [1, 0, 2, 0], "finished": [True, False, True, True]}
+    rated = (
+        Rating(Prompt.of("p"), "b", True, False),
+        Rating(Prompt.of("p"), "c", False),
+        Rating(Prompt.of("p"), "d", True),
+    )
+    assert read_ratings(write(own)).records == rated
+    tied = read_ratings(write({"prompt": "p", "answers": ["a", "b"], "ranks": [1, 1]}))
+    assert tied.records == () and tied.dropped[0].reason == "no ratings in it"
+    pair = read_ratings(write({"prompt": "p", "chosen": "x", "rejected": "y"}))
+    assert [(rating.answer, rating.good) for rating in pair.records] == [("x", True), ("y", False)]
 
 
 def test_own_answers_give_prompts(write: Write) -> None:
@@ -500,7 +524,7 @@ def test_no_row_breaks_a_parser(data: st.DataObject) -> None:
     form = data.draw(st.sampled_from(FORMATS), label="format")
     columns = sorted({*form.columns, "input", "system", "history", "finished"})
     row = data.draw(st.fixed_dictionaries({name: json_values for name in columns}))
-    for parse in (form.prompts, form.demonstrations, form.rankings):
+    for parse in (form.prompts, form.demonstrations, form.rankings, form.ratings):
         if parse is None:
             continue
         try:
@@ -509,7 +533,7 @@ def test_no_row_breaks_a_parser(data: st.DataObject) -> None:
             continue
         for record in records:
             hash(record)
-            prompt = record.prompt if isinstance(record, Ranking) else record
+            prompt = record.prompt if isinstance(record, Ranking | Rating) else record
             if isinstance(record, Demonstration):
                 assert record.messages[-1].role == "assistant"
             else:

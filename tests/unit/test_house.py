@@ -107,6 +107,7 @@ def test_rows_that_a_readme_shows_are_read(tmp_path: Path) -> None:
         "demonstrations": sources.read_demonstrations,
         "comparisons": sources.read_rankings,
         "rankings": sources.read_rankings,
+        "ratings": sources.read_ratings,
         "prompts only": sources.read_prompts,
     }
     english, chinese = ((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "README.zh.md"))

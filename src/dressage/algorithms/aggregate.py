@@ -57,7 +57,10 @@ def constant_length(mask: Mask, totals: Totals) -> PerToken:
 
 
 def aggregate(per_token: PerToken, mask: Mask, totals: Totals, weigh: Weigh = token_mean) -> Scalar:
-    """This micro-batch's share of the loss; the shares of an update add up to its mean."""
+    """This micro-batch's share of the loss; the shares of an update add up to its mean.
+
+    Values may be of whole answers [N] instead of tokens, under token_mean: every answer then counts the same.
+    """
     return (per_token.masked_fill(~mask, 0.0) * weigh(mask, totals)).sum()
 
 

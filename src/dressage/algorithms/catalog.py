@@ -33,20 +33,40 @@ from dressage.algorithms.policy_gradient import (
     unclipped,
     weighted_likelihood,
 )
+from dressage.algorithms.preference import (
+    DpoSettings,
+    ImplicitReward,
+    IpoSettings,
+    KtoSettings,
+    OrpoSettings,
+    SimpoSettings,
+    dpo_loss,
+    ipo_loss,
+    kto_loss,
+    log_odds_reward,
+    log_ratio_reward,
+    mean_log_ratio_reward,
+    mean_logprob_reward,
+    orpo_loss,
+    simpo_loss,
+)
 from dressage.algorithms.reward_modeling import RankingSettings, log_exp, log_sig, ranking_loss
 from dressage.algorithms.supervised import SupervisedSettings, ptx_loss, supervised_loss
-from dressage.batches import Experience, PreferenceBatch, SupervisedBatch
+from dressage.batches import Experience, PreferenceBatch, RatingBatch, SupervisedBatch
 from dressage.errors import ConfigError
 
 Loss = Callable[..., dict[str, Tensor]]
-"""Named terms, signed and weighted, for every token (rankings: every pair); their sum is the loss. Called with
+"""Named terms, signed and weighted, for every token (rankings: pair; ratings: answer); their sum is the loss.
+
+Called with
 
 SupervisedBatch: (TokenScores, batch, settings)
-PreferenceBatch: (rewards [N], batch, settings)
+PreferenceBatch, RatingBatch: (rewards [N], batch, settings)
 Experience: (TokenScores, values [B, T] or None, batch, settings)
 """
 ModelRole = Literal["reference", "value", "reward"]
-Settings = SupervisedSettings | RankingSettings | PolicyGradientSettings
+PreferenceSettings = DpoSettings | IpoSettings | KtoSettings | OrpoSettings | SimpoSettings
+Settings = SupervisedSettings | RankingSettings | PreferenceSettings | PolicyGradientSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +79,8 @@ class Algorithm:
     """The method's own defaults."""
     roles: frozenset[ModelRole] = frozenset()
     """Models needed beside the one being trained."""
+    implicit_reward: ImplicitReward | None = None
+    """How a policy's log-probability of an answer is read as its reward; none: rewards come from a reward model."""
     advantage: Advantage | None = None
     """How rewards become advantages; none: nothing is sampled."""
     weigh: Weigh = token_mean
@@ -84,6 +106,14 @@ def _learns(surrogate: Surrogate, kl: Estimator = k2) -> Mapping[type, Loss]:
 
 
 REWARD = Algorithm(losses={PreferenceBatch: partial(ranking_loss, pair_loss=log_sig)}, settings=RankingSettings())
+
+DPO = Algorithm(
+    losses={PreferenceBatch: dpo_loss},
+    implicit_reward=log_ratio_reward,
+    roles=frozenset({"reference"}),
+    settings=DpoSettings(),
+)
+WITHOUT_REFERENCE = replace(DPO, roles=frozenset())
 
 # With a critic.
 PPO = Algorithm(
@@ -122,6 +152,21 @@ ALGORITHMS: Mapping[str, Algorithm] = {
     "sft": Algorithm(losses={SupervisedBatch: supervised_loss}, settings=SupervisedSettings()),
     "reward_log_sig": REWARD,
     "reward_log_exp": replace(REWARD, losses={PreferenceBatch: partial(ranking_loss, pair_loss=log_exp)}),
+    "dpo": DPO,
+    "cdpo": replace(DPO, settings=DpoSettings(label_smoothing=0.1)),
+    "ipo": replace(
+        DPO, losses={PreferenceBatch: ipo_loss}, implicit_reward=mean_log_ratio_reward, settings=IpoSettings()
+    ),
+    "kto": replace(DPO, losses={RatingBatch: kto_loss}, settings=KtoSettings()),
+    "orpo": replace(
+        WITHOUT_REFERENCE, losses={PreferenceBatch: orpo_loss}, implicit_reward=log_odds_reward, settings=OrpoSettings()
+    ),
+    "simpo": replace(
+        WITHOUT_REFERENCE,
+        losses={PreferenceBatch: simpo_loss},
+        implicit_reward=mean_logprob_reward,
+        settings=SimpoSettings(),
+    ),
     "ppo": PPO,
     # Schulman et al. 2017, sec. 4: no clip, but a price on leaving the old policy, which adapts.
     "ppo_penalty": replace(PPO, losses=_learns(unclipped)).with_settings({"old_kl_coef": 1.0}),
@@ -157,3 +202,12 @@ def algorithm(name: str) -> Algorithm:
     if name not in ALGORITHMS:
         raise ConfigError(f"algorithm={name!r}: there is no such row; known: {', '.join(ALGORITHMS)}")
     return ALGORITHMS[name]
+
+
+def preference_algorithm(name: str) -> Algorithm:
+    """The row of this name, one that teaches a policy people's judgements; any other name is a ConfigError."""
+    row = algorithm(name)
+    if row.implicit_reward is None:
+        known = ", ".join(known for known, other in ALGORITHMS.items() if other.implicit_reward is not None)
+        raise ConfigError(f"algorithm={name!r}: does not learn from preferences; those that do: {known}")
+    return row

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dressage.batches import PreferenceBatch, SupervisedBatch
-from dressage.data.prepare import EncodedRanking
+from dressage.batches import PreferenceBatch, RatingBatch, SupervisedBatch
+from dressage.data.prepare import EncodedRanking, EncodedRating
 from dressage.data.template import Encoded
 
 
@@ -28,7 +28,26 @@ def collate_rankings(rows: Sequence[EncodedRanking], pad_token: int) -> Preferen
         last=torch.tensor([len(answer.tokens) - 1 for answer in answers]),
         group=torch.tensor([group for group, ranking in enumerate(rows) for _ in ranking.answers]),
         rank=torch.tensor([rank for ranking in rows for rank in ranking.ranks]),
+        ref_answer_logprobs=_reference(rows),
     )
+
+
+def collate_ratings(rows: Sequence[EncodedRating], pad_token: int) -> RatingBatch:
+    """Each rated answer and its unrelated one, neighbours, as [N, T]."""
+    tokens, attention_mask, response_mask = _padded([answer for row in rows for answer in row.answers], pad_token)
+    return RatingBatch(
+        tokens=tokens,
+        attention_mask=attention_mask,
+        response_mask=response_mask,
+        rating=torch.tensor([rating for row in rows for rating in (1 if row.good else -1, 0)]),
+        ref_answer_logprobs=_reference(rows),
+    )
+
+
+def _reference(rows: Sequence[EncodedRanking] | Sequence[EncodedRating]) -> Tensor | None:
+    """Of every answer [N]; None if the reference was not asked."""
+    said = [logprob for row in rows for logprob in row.ref_answer_logprobs]
+    return torch.tensor(said) if said else None
 
 
 def _padded(rows: Sequence[Encoded], pad_token: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from dressage.schema import Demonstration, Message, Prompt, Ranking, Role
+from dressage.schema import Demonstration, Message, Prompt, Ranking, Rating, Role
 
 Row = Mapping[str, Any]
 Prompts = Callable[[Row], Iterable[Prompt]]
 Demonstrations = Callable[[Row], Iterable[Demonstration]]
 Rankings = Callable[[Row], Iterable[Ranking]]
+Ratings = Callable[[Row], Iterable[Rating]]
 T = TypeVar("T")
 
 
@@ -38,6 +39,12 @@ class Format:
     prompts: Prompts
     demonstrations: Demonstrations | None = None
     rankings: Rankings | None = None
+    own_ratings: Ratings | None = None
+
+    @property
+    def ratings(self) -> Ratings | None:
+        """Answers judged one by one; rankings give theirs, split apart."""
+        return self.own_ratings or (None if self.rankings is None else split_apart(self.rankings))
 
 
 # --- values -----------------------------------------------------------------------------------------------------------
@@ -250,6 +257,20 @@ def ranked(
     return parse
 
 
+def split_apart(rankings: Rankings) -> Ratings:
+    """Of each ranking the best answers, which are good, and the worst, which are not; those between say nothing."""
+
+    def parse(row: Row) -> Iterator[Rating]:
+        for ranking in rankings(row):
+            finished = ranking.finished or (True,) * len(ranking.answers)
+            best, worst = min(ranking.ranks), max(ranking.ranks)
+            for answer, rank, end in zip(ranking.answers, ranking.ranks, finished, strict=True):
+                if best < worst and rank in (best, worst):
+                    yield Rating(ranking.prompt, answer, rank == best, end)
+
+    return parse
+
+
 def prompts_of(rankings: Rankings) -> Prompts:
     """The prompts of rankings whose prompt cannot be read without the answers."""
     return lambda row: [ranking.prompt for ranking in rankings(row)]
@@ -283,6 +304,16 @@ def _completion(row: Row) -> Iterator[Demonstration]:
     yield Demonstration((*_question(row["prompt"]).messages, Message("assistant", _answer(words))))
 
 
+def _rated(row: Row) -> Iterator[Rating]:
+    if not isinstance(row["label"], bool):
+        raise BadRow("a label that is not true or false", repr(row["label"])[:40])
+    yield Rating(_question(row["prompt"]), _answer(row["completion"]), row["label"])
+
+
+def _worth_imitating(row: Row) -> Iterable[Demonstration]:
+    return () if row["label"] is False else _completion(row)
+
+
 def _talk(name: str) -> Demonstrations:
     """A conversation to imitate; turns after the assistant's last teach nothing and are left out."""
 
@@ -306,7 +337,7 @@ def _shared_dialogue(row: Row) -> Iterator[Ranking]:
     chosen, rejected = (_joined(_turns(row[name], name)) for name in ("chosen", "rejected"))
     if len(chosen) != len(rejected) or chosen[:-1] != rejected[:-1]:
         raise BadRow("chosen and rejected differ in more than the last answer")
-    if chosen[-1].role != "assistant" or rejected[-1].role != "assistant":
+    if not chosen or chosen[-1].role != "assistant" or rejected[-1].role != "assistant":
         raise BadRow("no assistant's turn at the end")
     prompt = Prompt(_conversation((m.role, m.content) for m in chosen[:-1]))
     yield Ranking.of_pair(prompt, _answer(chosen[-1].content), _answer(rejected[-1].content))
@@ -459,6 +490,13 @@ FORMATS: tuple[Format, ...] = (
         rankings=compared(column("prompt"), "chosen", "rejected"),
     ),
     Format("hh dialogues", _columns("chosen", "rejected"), prompts_of(_shared_dialogue), rankings=_shared_dialogue),
+    Format(
+        "prompt, completion, label",
+        _columns("prompt", "completion", "label"),
+        one(column("prompt")),
+        demonstrations=_worth_imitating,
+        own_ratings=_rated,
+    ),
     Format(
         "prompt, completion",
         _columns("prompt", "completion"),

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, Literal, TypeVar
 
 from dressage.data.sources import Dropped, reasons
 from dressage.data.template import ChatTemplate, Encoded
 from dressage.errors import DataError
-from dressage.schema import Demonstration, Message, Prompt, Ranking
+from dressage.schema import Demonstration, Message, Prompt, Ranking, Rating
 
 OnTooLong = Literal["error", "drop", "cut"]
 Kept = TypeVar("Kept")
-Record = TypeVar("Record", Demonstration, Ranking, Prompt)
+Record = TypeVar("Record", Demonstration, Ranking, Rating, Prompt)
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,19 @@ class EncodedRanking:
 
     answers: tuple[Encoded, ...]
     ranks: tuple[int, ...]
+    ref_answer_logprobs: tuple[float, ...] = ()
+    """Of the reference, for each answer as a whole; empty: not asked."""
+
+
+@dataclass(frozen=True)
+class EncodedRating:
+    """An answer after its prompt, judged by itself, and another prompt's answer after the same prompt."""
+
+    answers: tuple[Encoded, ...]
+    """The one that was judged, and the unrelated one, from which only the KL is estimated."""
+    good: bool
+    ref_answer_logprobs: tuple[float, ...] = ()
+    """Of the reference, for each answer as a whole; empty: not asked."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +94,43 @@ def prepare_rankings(
     return _prepared(records, prepare, on_too_long, max_tokens)
 
 
+def prepare_ratings(
+    records: Sequence[Rating], template: ChatTemplate, *, max_tokens: int, on_too_long: OnTooLong = "drop"
+) -> Prepared[EncodedRating]:
+    """Ratings of at most `max_tokens`, each with an unrelated answer of the same set.
+
+    Raises: DataError under "error", naming the record that is too long.
+    """
+
+    def prepare(record: Rating) -> tuple[EncodedRating, bool]:
+        whole = template.encode_answer(record.prompt, record.answer, record.finished)
+        answer, cut = _fitted(whole, max_tokens, on_too_long)
+        return EncodedRating((answer,), record.good), cut
+
+    prepared = _prepared(records, prepare, on_too_long, max_tokens)
+    unrelated = mismatched([row.answers[0] for row in prepared.rows], max_tokens)
+    rows = (replace(row, answers=(*row.answers, o)) for row, o in zip(prepared.rows, unrelated, strict=True))
+    return replace(prepared, rows=tuple(rows))
+
+
+def mismatched(rows: Sequence[Encoded], max_tokens: int) -> list[Encoded]:
+    """For each row its prompt with the answer of another prompt, if need be cut; every answer is used once.
+
+    In the order of their prompts, a row takes the answer that stands as far on as the most rows of one prompt reach:
+    that is another prompt's, unless one prompt has more than half of all rows.
+    """
+    starts = [len(row.tokens) - sum(row.loss_mask) for row in rows]
+    prompts = [row.tokens[:start] for row, start in zip(rows, starts, strict=True)]
+    order = sorted(range(len(rows)), key=lambda i: prompts[i])
+    shift = max(Counter(prompts).values(), default=0)
+    found = list(rows)
+    for place, i in enumerate(order):
+        j = order[(place + shift) % len(rows)]
+        tokens = (prompts[i] + rows[j].tokens[starts[j] :])[:max_tokens]
+        found[i] = Encoded(tokens, (False,) * starts[i] + (True,) * (len(tokens) - starts[i]))
+    return found
+
+
 def prepare_prompts(
     records: Sequence[Prompt], template: ChatTemplate, *, max_tokens: int, on_too_long: OnTooLong = "drop"
 ) -> Prepared[Prompt]:
@@ -135,9 +186,9 @@ def _first_openings(keys: Sequence[str], chance: dict[str, float], count: int) -
     return held_out
 
 
-def _opening(record: Demonstration | Ranking | Prompt) -> str:
+def _opening(record: Demonstration | Ranking | Rating | Prompt) -> str:
     """The id of the first user's turn by itself, so that longer and shorter talks of one beginning are one."""
-    messages = record.prompt.messages if isinstance(record, Ranking) else record.messages
+    messages = record.prompt.messages if isinstance(record, Ranking | Rating) else record.messages
     first = next((message.content for message in messages if message.role == "user"), "")
     return Prompt.of(first.strip()).id
 
@@ -178,7 +229,7 @@ def _prepared(
     return Prepared(tuple(rows), tuple(indices), tuple(dropped), cuts)
 
 
-def _excerpt(record: Demonstration | Ranking | Prompt) -> str:
-    messages: Iterable[Message] = record.prompt.messages if isinstance(record, Ranking) else record.messages
+def _excerpt(record: Demonstration | Ranking | Rating | Prompt) -> str:
+    messages: Iterable[Message] = record.prompt.messages if isinstance(record, Ranking | Rating) else record.messages
     words = " ".join(next((m.content for m in messages if m.role == "user"), "").split())
     return repr(words if len(words) <= 60 else words[:57] + "...")

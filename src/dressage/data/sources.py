@@ -17,12 +17,12 @@ from typing import Any, Generic, Literal, TypeVar, cast
 
 from dressage.data.formats import FORMATS, BadRow, Format
 from dressage.errors import DataError
-from dressage.schema import Demonstration, Prompt, Ranking
+from dressage.schema import Demonstration, Prompt, Ranking, Rating
 
-Record = TypeVar("Record", Demonstration, Ranking, Prompt)
+Record = TypeVar("Record", Demonstration, Ranking, Rating, Prompt)
 Kept = TypeVar("Kept")
 OnBadRow = Literal["error", "drop"]
-Kind = Literal["demonstrations", "rankings", "prompts"]
+Kind = Literal["demonstrations", "rankings", "ratings", "prompts"]
 
 _PROBED_ROWS = 100
 
@@ -68,6 +68,11 @@ def read_demonstrations(
 def read_rankings(source: str, *, on_bad_row: OnBadRow = "error", limit: int | None = None) -> Loaded[Ranking]:
     """Ranked answers, at most `limit`; left out are duplicates and rankings whose answers are all the same."""
     return cast(Loaded[Ranking], _read(source, "rankings", on_bad_row, limit))
+
+
+def read_ratings(source: str, *, on_bad_row: OnBadRow = "error", limit: int | None = None) -> Loaded[Rating]:
+    """Answers judged one by one, at most `limit`; rankings give their best and their worst answers."""
+    return cast(Loaded[Rating], _read(source, "ratings", on_bad_row, limit))
 
 
 def read_prompts(source: str, *, on_bad_row: OnBadRow = "error", limit: int | None = None) -> Loaded[Prompt]:

@@ -37,6 +37,13 @@ class Chart:
 
 _LOSS = (Curve("loss/train", "training"), Curve("loss/heldout", "held-out"))
 _ACCURACY = (Curve("accuracy/train", "training"), Curve("accuracy/heldout", "held-out"))
+_MARGIN = (Curve("margin/train", "training"), Curve("margin/heldout", "held-out"))
+_ANSWERS = (
+    Curve("logprobs/chosen", "preferred"),
+    Curve("logprobs/rejected", "not preferred"),
+    Curve("logprobs/chosen_heldout", "preferred, held-out"),
+    Curve("logprobs/rejected_heldout", "not preferred, held-out"),
+)
 _REWARD = (
     Curve("reward/score_mean", "score"),
     Curve("reward/total_mean", "score less KL"),
@@ -55,6 +62,12 @@ CHARTS: Mapping[str, tuple[Chart, ...]] = {
     "reward": (
         Chart("Pairs ordered rightly", _ACCURACY, (Mark(0.5, "coin toss"),)),
         Chart("Loss", _LOSS, (Mark(math.log(2), "coin toss"),)),
+    ),
+    "dpo": (
+        Chart("Pairs ordered rightly", _ACCURACY, (Mark(0.5, "coin toss"),)),
+        Chart("Loss", _LOSS),
+        Chart("Margin between better and worse", _MARGIN),
+        Chart("Log-probability of an answer", _ANSWERS),
     ),
     "ppo": (
         Chart("Score and gold preference", _REWARD, note=_WATCH_THE_GAP),
@@ -82,10 +95,10 @@ CHARTS: Mapping[str, tuple[Chart, ...]] = {
 
 
 def curves_section(stages: Sequence[Stage], say: Say) -> Html:
-    """All curves of all stages, those of PPO first: they are what the run is about."""
+    """All curves of all stages, those of the policy's last training first: they are what the run is about."""
     shown: list[Html] = []
     more: list[Html] = []
-    for stage in sorted(stages, key=lambda one: one.kind != "ppo"):
+    for stage in sorted(stages, key=lambda one: one.kind not in ("ppo", "dpo")):
         planned = CHARTS.get(stage.kind, ())
         drawn = {curve.name for chart in planned for curve in chart.curves}
         others = [Chart(name, (Curve(name, "value"),), aside=True) for name in logged([stage]) if name not in drawn]

@@ -155,6 +155,20 @@ def _reward_accuracy(history: History, values: list[float]) -> Finding:
     return "ok", values[-1], "orders pairs it has never seen well enough to learn from"
 
 
+def _preference_accuracy(history: History, values: list[float]) -> Finding:
+    if values[-1] <= 0.5:
+        return "warn", values[-1], "tells new answers apart no better than a coin toss: nothing carries over"
+    return "ok", values[-1], "tells apart answers it has never seen"
+
+
+def _chosen(history: History, values: list[float]) -> Finding:
+    first, recent = _early(values), _recent(values)
+    # Both may fall while the margin rises: what takes their place is then said by nobody.
+    if recent < first - max(10.0, 0.5 * abs(first)):
+        return "warn", recent, f"preferred answers have become much rarer too (from {first:.1f} nats)"
+    return "ok", recent, f"preferred answers are still likely (from {first:.1f} nats)"
+
+
 def _first_ratio(history: History, values: list[float]) -> Finding | None:
     if history.text("model.dtype") == "bfloat16":
         return None  # Rounding alone moves it by some 0.05 there.
@@ -288,6 +302,14 @@ CHECKS: Mapping[str, tuple[Check, ...]] = {
     "reward": (
         Check("accuracy/heldout", _reward_accuracy, "more rankings, a lower optimizer.learning_rate, or fewer epochs"),
         Check("loss/heldout", _reward_loss, "fewer training.epochs or a lower optimizer.learning_rate"),
+        _GRADIENT,
+    ),
+    "dpo": (
+        Check("accuracy/heldout", _preference_accuracy, "more rankings, or another optimizer.learning_rate"),
+        Check(
+            "loss/heldout", _heldout_loss, "fewer training.epochs, a lower optimizer.learning_rate, or more rankings"
+        ),
+        Check("logprobs/chosen", _chosen, "lower optimizer.learning_rate, or fewer training.epochs"),
         _GRADIENT,
     ),
     "ppo": (

@@ -38,7 +38,8 @@ _TABLE = (
         "loss/train",
         "nats",
         "How surprised the model is by what it learns from: by a token (sft), or by a person's choice between two "
-        "answers (reward; a coin toss would be 0.693 = ln 2). 0 is perfect.",
+        "answers (reward, dpo; a coin toss would be 0.693 = ln 2; ipo, kto and orpo have scales of their own). 0 is "
+        "perfect.",
         "falls, first fast, then slowly",
     ),
     Metric(
@@ -59,7 +60,8 @@ _TABLE = (
     Metric(
         "accuracy/train",
         "share",
-        "Of the pairs it learns from, how many the reward model puts in the same order as the ranker.",
+        "Of the pairs it learns from, how many the model puts in the same order as the ranker (kto: of the rated "
+        "answers, how many lie on the right side).",
         "rises above 60 %",
         decimals=0,
     ),
@@ -69,6 +71,37 @@ _TABLE = (
         "The same on prompts it never learns from. 50 % is a coin toss; people agree with one another on 60 to 80 %.",
         "above 60 %, and above what 'the longer is better' would reach",
         decimals=0,
+    ),
+    Metric(
+        "margin/train",
+        "",
+        "By how much the better answer's reward beats the worse one's, in the pairs it learns from. A policy's reward "
+        "of an answer is read from how likely it makes the answer (dpo and its relatives).",
+        "rises slowly; a large one is learnt by heart",
+    ),
+    Metric("margin/heldout", "", "The same on prompts it never learns from.", "rises with the training margin"),
+    # Learning straight from preferences
+    Metric(
+        "logprobs/chosen",
+        "nats",
+        "Log-probability of a whole answer that people preferred (kto: found good).",
+        "steady or rising; a slow fall is usual, after a steep one the policy says what nobody has judged",
+        decimals=1,
+    ),
+    Metric(
+        "logprobs/rejected",
+        "nats",
+        "Log-probability of a whole answer that people did not prefer (kto: found bad).",
+        "falls, not without end",
+        decimals=1,
+    ),
+    Metric("logprobs/chosen_heldout", "nats", "The same of preferred answers it never learns from.", decimals=1),
+    Metric("logprobs/rejected_heldout", "nats", "The same of the others it never learns from.", decimals=1),
+    Metric(
+        "kl/unrelated_per_answer",
+        "nats",
+        "KTO's yardstick: how much likelier than the starting model the policy finds answers that belong to other "
+        "prompts. A good answer is to beat it, a bad one to stay below; below 0 it counts as 0.",
     ),
     # What PPO is for
     Metric(

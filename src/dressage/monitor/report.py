@@ -20,6 +20,7 @@ EXAMPLES_SHOWN = 12
 WHAT: Mapping[str, str] = {
     "sft": "learns from demonstrations",
     "reward": "learns from rankings what is preferred",
+    "dpo": "the policy learns what is preferred",
     "ppo": "the policy learns from the reward",
     "sample": "writes answers",
     "rank": "puts answers in order",

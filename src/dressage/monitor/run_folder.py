@@ -98,7 +98,12 @@ def _read_stage(folder: Path) -> Stage:
 def _kind_of(rows: Sequence[Mapping[str, Any]]) -> str:
     """By what only this kind of stage logs."""
     names = {name for row in rows for name in row}
-    tells = {"kl/reference_per_answer": "ppo", "accuracy/train": "reward", "loss/train": "sft"}
+    tells = {
+        "kl/reference_per_answer": "ppo",
+        "logprobs/chosen": "dpo",
+        "accuracy/train": "reward",
+        "loss/train": "sft",
+    }
     return next((kind for name, kind in tells.items() if name in names), "")
 
 

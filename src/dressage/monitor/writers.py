@@ -25,6 +25,7 @@ SAMPLES_FILE = "samples.jsonl"
 TELLING: Mapping[str, tuple[str, ...]] = {
     "sft": ("loss/train", "loss/heldout", "tokens_per_second"),
     "reward": ("loss/train", "accuracy/train", "accuracy/heldout"),
+    "dpo": ("loss/train", "accuracy/train", "margin/train", "accuracy/heldout"),
     "ppo": ("reward/score_mean", "gold/mean", "kl/reference_per_answer", "length/mean_tokens"),
 }
 """By kind of stage, what a watcher wants to see; other stages show the first three numbers they log."""
@@ -34,6 +35,7 @@ _SHORT: Mapping[str, str] = {
     "loss/heldout": "held-out loss",
     "accuracy/train": "right",
     "accuracy/heldout": "held-out right",
+    "margin/train": "margin",
     "reward/score_mean": "score",
     "gold/mean": "gold",
     "kl/reference_per_answer": "KL",

@@ -12,7 +12,16 @@ from torch import Tensor
 
 from dressage.algorithms.catalog import Algorithm
 from dressage.algorithms.kl import band, proportional
-from dressage.batches import Experience, Mask, PerSequence, PerToken, PreferenceBatch, SupervisedBatch, select
+from dressage.batches import (
+    Experience,
+    Mask,
+    PerSequence,
+    PerToken,
+    PreferenceBatch,
+    RatingBatch,
+    SupervisedBatch,
+    select,
+)
 from dressage.config import PpoConfig
 from dressage.data.order import batch_indices
 from dressage.data.template import ChatTemplate
@@ -30,6 +39,7 @@ from dressage.training.trainer import LAST_KL, Round, Sample
 from dressage.training.update import AnyBatch, pieces
 
 Row = TypeVar("Row")
+OfflineBatch = SupervisedBatch | PreferenceBatch | RatingBatch
 SCORING_TOKENS = 2048
 """Padded tokens scored at once without gradient: no activations are kept, so this is small beside a training pass."""
 SHOWN = 2
@@ -42,13 +52,13 @@ class DatasetSource(Generic[Row]):
     def __init__(
         self,
         rows: Sequence[Row],
-        collate: Callable[[Sequence[Row]], SupervisedBatch | PreferenceBatch],
+        collate: Callable[[Sequence[Row]], OfflineBatch],
         batch_size: int,
         seed: int,
     ) -> None:
         self.rows, self.collate, self.batch_size, self.seed = rows, collate, batch_size, seed
 
-    def batch(self, step: int) -> SupervisedBatch | PreferenceBatch:
+    def batch(self, step: int) -> OfflineBatch:
         """The batch of this step."""
         return self.collate([self.rows[i] for i in batch_indices(len(self.rows), self.batch_size, step, self.seed)])
 

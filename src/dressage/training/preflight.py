@@ -29,9 +29,12 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from dressage.algorithms.catalog import preference_algorithm
 from dressage.algorithms.trust_region import ITERATIONS
+from dressage.batches import RatingBatch
 from dressage.config import (
     DataConfig,
+    DpoConfig,
     EvaluateConfig,
     LoraConfig,
     ModelConfig,
@@ -52,7 +55,7 @@ from dressage.models.pretrained import compute_dtype, model_shape
 from dressage.monitor.writers import clock
 from dressage.training.online import online_algorithm, online_settings
 
-Records = Literal["demonstrations", "rankings", "prompts"]
+Records = Literal["demonstrations", "rankings", "ratings", "prompts"]
 Read = Callable[[Records, DataConfig, ModelConfig, int], Any]
 """Reads, splits and encodes records: an object with `train` and `heldout`."""
 Said = dict[str, str]
@@ -146,7 +149,7 @@ class Foresight:
     def of(self, settings: Settings, folder: Path) -> Said:
         """What this stage reads, does, learns and takes; the same errors as the run itself for what it reads."""
         match settings:
-            case SftConfig() | RewardConfig():
+            case SftConfig() | RewardConfig() | DpoConfig():
                 said = self._offline(settings)
             case PpoConfig():
                 said = self._ppo(settings)
@@ -172,9 +175,15 @@ class Foresight:
 
     # --- kinds of stages ----------------------------------------------------------------------------------------------
 
-    def _offline(self, config: SftConfig | RewardConfig) -> Said:
+    def _offline(self, config: SftConfig | RewardConfig | DpoConfig) -> Said:
         model = self._model(config.model)
         kind: Records = "demonstrations" if isinstance(config, SftConfig) else "rankings"
+        passes = 0  # of the policy as it is found, over all answers: its own reference
+        if isinstance(config, DpoConfig):
+            row = preference_algorithm(config.algorithm).with_settings(config.settings)
+            passes = int("reference" in row.roles)
+            if RatingBatch in row.losses:
+                kind, passes = "ratings", 2 * passes
         train, heldout, known = self._rows(kind, config.data, config.model, config.seed)
         training = config.training
         steps = training.steps or training.epochs * steps_per_epoch(len(train), training.batch_size)
@@ -186,11 +195,16 @@ class Foresight:
         shape = shape_of(model)
         reader = Reader(shape, config.lora, getattr(config, "depth", None))
         padded = fmean(sum(sizes) for sizes in cut)
-        answers = fmean(sum(row.answers for row in rows) for rows in laid) if kind == "demonstrations" else 0.0
+        answers = (
+            fmean(sum(row.answers for row in rows) for rows in laid) if not isinstance(config, RewardConfig) else 0.0
+        )
         looks = 2 + (steps // training.evaluate_every if training.evaluate_every else 0)
         flops = steps * (padded * reader.training + answers * 2 * shape.head)
-        flops += looks * sum(sum(row.lengths) for row in heldout) * reader.forward
-        sequences = "" if kind == "demonstrations" else f" of {fmean(len(row.lengths) for row in train):.1f} answers"
+        flops += (looks + passes) * sum(sum(row.lengths) for row in heldout) * reader.forward
+        flops += passes * sum(sum(row.lengths) * reader.forward + row.answers * shape.head for row in train)
+        if kind == "ratings":
+            flops += steps * padded * reader.forward  # an unrelated answer to each, for the KL
+        sequences = f" of {fmean(len(row.lengths) for row in train):.1f} answers" if kind == "rankings" else ""
         most = max(map(max, cut))
         return {
             "data": f"{len(train)} rows{sequences} to learn from, {len(heldout)} held out;"
@@ -337,7 +351,8 @@ class Foresight:
 
         def rows_of(path: str) -> list[Row]:
             if self._maker(path) is not None:
-                return self._coming(path)
+                rows = self._coming(path)
+                return _best_and_worst(rows) if kind == "ratings" else rows
             return self._rows(kind, alone.model_copy(update={"sources": (path,)}), model, seed)[0]
 
         train, heldout = ([row for path in paths for row in rows_of(path)] for paths in (data.sources, data.heldout))
@@ -432,12 +447,18 @@ def product_speed(dtype: torch.dtype, seconds: float = 0.2) -> float:
 
 
 def _row(encoded: Any) -> Row:
-    """Of a prompt, a demonstration or a ranking."""
+    """Of a prompt, a demonstration, a ranking or a rating; the unrelated answer of a rating is left out."""
     if hasattr(encoded, "ranks"):
         return Row(
             tuple(len(answer.tokens) for answer in encoded.answers), sum(sum(a.loss_mask) for a in encoded.answers)
         )
-    return Row((len(encoded.tokens),), sum(getattr(encoded, "loss_mask", ())))
+    text = encoded.answers[0] if hasattr(encoded, "answers") else encoded
+    return Row((len(text.tokens),), sum(getattr(text, "loss_mask", ())))
+
+
+def _best_and_worst(rows: Sequence[Row]) -> list[Row]:
+    """Two ratings of each ranking, as its reader makes them."""
+    return [Row((length,), row.answers // len(row.lengths)) for row in rows for length in row.lengths[:2]]
 
 
 def _cut(rows: Sequence[Row], training: TrainingConfig) -> Iterator[int]:

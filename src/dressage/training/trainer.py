@@ -19,7 +19,7 @@ from dressage.training.update import STOPPED, WORST, AnyBatch, Learner, Sums
 
 LAST_KL = "kl/update_last"
 # Updates name the terms of any loss; an offline stage has but one, and the log calls it so.
-NAMES = {"loss": "loss/train", "accuracy": "accuracy/train"}
+NAMES = {"loss": "loss/train", "accuracy": "accuracy/train", "margin": "margin/train"}
 
 
 @dataclass(frozen=True)

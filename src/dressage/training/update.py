@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,12 +12,15 @@ from torch import Tensor
 from dressage.algorithms.aggregate import Totals, aggregate, aggregate_pairs, count, rankings_total
 from dressage.algorithms.catalog import Algorithm
 from dressage.algorithms.policy_gradient import PolicyGradientSettings, held_back, policy_statistics
+from dressage.algorithms.preference import KtoSettings, log_ratio, rating_statistics, summed_over_answers
 from dressage.algorithms.reward_modeling import ranking_pairs, ranking_statistics
 from dressage.batches import (
     Batch,
     Experience,
     Mask,
+    PerSequence,
     PreferenceBatch,
+    RatingBatch,
     SupervisedBatch,
     TokenScores,
     select,
@@ -30,7 +33,7 @@ from dressage.models.scoring import score_sequences, score_tokens, score_values
 from dressage.training.optimizer import Optimizer
 from dressage.training.trust_region import bounded_step
 
-AnyBatch = SupervisedBatch | PreferenceBatch | Experience
+AnyBatch = SupervisedBatch | PreferenceBatch | RatingBatch | Experience
 Sums = dict[str, float]
 """Measures of one update by metric name: means over all it learnt from. "tokens": how many went through the model."""
 
@@ -72,7 +75,7 @@ class Learner:
                 sums |= self._bounded_step(batches, settings.max_kl)
         return {"gradient/norm": self.optimizer.step(rates)} | sums
 
-    def measure(self, batch: SupervisedBatch | PreferenceBatch) -> Sums:
+    def measure(self, batch: SupervisedBatch | PreferenceBatch | RatingBatch) -> Sums:
         """The same measures of a batch without learning from it."""
         with torch.no_grad():
             return _added(self._learn(batch))
@@ -86,6 +89,12 @@ class Learner:
             better, _ = ranking_pairs(batch.group, batch.rank)
             totals = rankings_total([batch.group[better]])
             yield from (self._preference(piece, totals) for piece in self._pieces(batch, by=batch.group))
+        elif isinstance(batch, RatingBatch):
+            kl = self._kl_of_unrelated(select(batch, batch.rating == 0))
+            batch = select(replace(batch, kl=kl.expand(len(batch.rating))), batch.rating != 0)
+            sides = {side: count([batch.rating == side]) for side in (1, -1)}
+            yield {"kl/unrelated_per_answer": kl.item()}
+            yield from (self._rating(piece, count([batch.rating != 0]), sides) for piece in self._pieces(batch))
         else:
             totals = count([batch.response_mask], self.max_length)
             yield from (self._experience(piece, totals) for piece in self._pieces(batch))
@@ -97,14 +106,53 @@ class Learner:
         return _backward(shares) | {"tokens": _size(batch.attention_mask)}
 
     def _preference(self, batch: PreferenceBatch, totals: Totals) -> Sums:
-        rewards = score_sequences(self.policy, batch.tokens, batch.attention_mask, batch.last)
+        better, worse = ranking_pairs(batch.group, batch.rank)
+        watched = {}
+        if self.algorithm.implicit_reward is None:
+            rewards = score_sequences(self.policy, batch.tokens, batch.attention_mask, batch.last)
+        else:
+            logprobs = self._answer_logprobs(batch)
+            rewards = self.algorithm.implicit_reward(logprobs, batch, self.algorithm.settings)
+            watched = {CHOSEN: logprobs.detach()[better], REJECTED: logprobs.detach()[worse]}
         terms = self.algorithm.losses[PreferenceBatch](rewards, batch, self.algorithm.settings)
-        better, _ = ranking_pairs(batch.group, batch.rank)
         prompt = batch.group[better]
         shares = {f"loss/{name}": aggregate_pairs(term, prompt, totals) for name, term in terms.items()}
-        watched = ranking_statistics(rewards.detach(), batch)
+        watched |= ranking_statistics(rewards.detach(), batch)
         measures = {name: float(aggregate_pairs(value, prompt, totals)) for name, value in watched.items()}
         return _backward(shares) | measures | {"tokens": _size(batch.attention_mask)}
+
+    def _rating(self, batch: RatingBatch, totals: Totals, sides: Mapping[int, Totals]) -> Sums:
+        """`totals` of all answers, `sides` of the good (1) and the bad (-1)."""
+        settings, everyone = self.algorithm.settings, batch.rating != 0
+        assert isinstance(settings, KtoSettings) and self.algorithm.implicit_reward is not None
+        logprobs = self._answer_logprobs(batch)
+        rewards = self.algorithm.implicit_reward(logprobs, batch, settings)
+        terms = self.algorithm.losses[RatingBatch](rewards, batch, settings)
+        shares = {f"loss/{name}": aggregate(term, everyone, totals) for name, term in terms.items()}
+        watched = rating_statistics(rewards.detach(), batch, settings)
+        measures = {name: float(aggregate(value, everyone, totals)) for name, value in watched.items()}
+        if all(side.tokens for side in sides.values()):
+
+            def mean(value: PerSequence, side: int) -> float:
+                return float(aggregate(value.detach(), batch.rating == side, sides[side]))
+
+            measures |= {CHOSEN: mean(logprobs, 1), REJECTED: mean(logprobs, -1)}
+            measures["margin"] = mean(rewards, 1) - mean(rewards, -1)
+        return _backward(shares) | measures | {"tokens": _size(batch.attention_mask)}
+
+    @torch.no_grad()
+    def _kl_of_unrelated(self, batch: RatingBatch) -> Tensor:
+        """Mean log-ratio to the reference of answers to other prompts: an estimate of the KL, nats an answer."""
+        totals = count([batch.rating == 0])
+        shares = [
+            aggregate(log_ratio(self._answer_logprobs(piece), piece), piece.rating == 0, totals)
+            for piece in self._pieces(batch)
+        ]
+        return torch.stack(shares).sum().cpu()
+
+    def _answer_logprobs(self, batch: PreferenceBatch | RatingBatch) -> PerSequence:
+        scores = score_tokens(self.policy, batch.tokens, batch.attention_mask, batch.response_mask)
+        return summed_over_answers(scores.logprobs, batch.response_mask)
 
     def _experience(self, batch: Experience, totals: Totals) -> Sums:
         settings = self.algorithm.settings
@@ -160,6 +208,7 @@ class Learner:
             yield trimmed(to_device(select(batch, rows), self.policy.backbone.device))
 
 
+CHOSEN, REJECTED = "logprobs/chosen", "logprobs/rejected"
 WORST = "ratio/first_max_error"
 STOPPED = "stopped"
 _MEASURES = {
