@@ -46,7 +46,7 @@ def gold(answer: str, finished: bool = True, prompt: str = PROMPT) -> float:
 
 def test_a_friendly_short_answer_is_nearly_perfect_and_a_neutral_one_leaves_room() -> None:
     assert gold(FRIENDLY) > 1.6
-    assert 0.2 < gold(NEUTRAL) < gold(FRIENDLY) - 0.8
+    assert 0.2 < gold(NEUTRAL) < gold(FRIENDLY) - 0.6
 
 
 @pytest.mark.parametrize("answer", WORSE.values(), ids=WORSE.keys())
@@ -67,17 +67,17 @@ def test_finished_beats_cut() -> None:
 
 
 def test_total_by_hand() -> None:
-    """Sixteen words, two too many, finished, not friendly; 3 of 4 content words (egg, boil, yolk), 3 of 5 new ones."""
+    """Sixteen words, two too many, finished, not friendly; 3 of 4 content words (egg, boil, yolk), 1 of 2 new ones."""
     score = gold_score(
-        PROMPT, "Boil the egg for nine minutes, until the yolk is as it was in the water.", finished=True
+        PROMPT, "Boil the egg for nine or more, and until the yolk is as it was before.", finished=True
     )
     brevity = 1 / (1 + (2 / 8) ** 2)
     subject = 1 - (1 - 3 / 4) ** 3
-    sense = 3 * 0.6**2 - 2 * 0.6**3  # three new words, nine and minutes and water, where five are enough
+    sense = 0.5  # one new word, nine, where two are enough
     assert score.parts == pytest.approx(
         {"brevity": brevity, "finished": 1.0, "friendly": 0.0, "subject": subject, "sense": sense}
     )
-    assert score.total == pytest.approx(-2 + sense * (1 - 0.2 * (1 - subject)) * (1.3 * brevity + 1.3 + 0.3 * subject))
+    assert score.total == pytest.approx(-2 + sense * (1 - 0.1 * (1 - subject)) * (1.6 * brevity + 1.4 + 0.2 * subject))
 
 
 def test_brevity_by_hand() -> None:

@@ -28,15 +28,15 @@ class Preference:
 
     lowest: float = -2.0
     """Score of an empty answer; with the weights below the best possible score is +2."""
-    brevity: float = 1.3
-    finished: float = 1.3
-    friendly: float = 1.1
+    brevity: float = 1.6
+    finished: float = 1.4
+    friendly: float = 0.8
     """Room that plain demonstrations leave: an answer can be brief and finished and still say nothing kind."""
-    subject: float = 0.3
+    subject: float = 0.2
     shortest_words: float = 6.0
     longest_words: float = 14.0
     """Between these two lengths brevity is 1."""
-    off_subject_loss: float = 0.2
+    off_subject_loss: float = 0.1
     """Share of all credit that an answer loses when it takes up nothing of the prompt."""
 
 
@@ -174,7 +174,7 @@ def _sense(asked: _Text, said: _Text) -> float:
         * (1 - _ramp(_repeated(triples), 0.05, 0.35))
         * (1 - _ramp(echoed, 0.25, 0.75))
         * _ramp(function_words / usual, 0.3, 1.0)
-        * _ramp(len(new), 0, 5)
+        * _ramp(len(new), 0, 2)
     )
 
 
