@@ -140,7 +140,7 @@ def test_a_bounded_run_goes_on_where_it_was_stopped(
     ("changes", "message"),
     [
         (["algorithm=grpo"], "answers_per_prompt=1.*grpo.*at least 2"),
-        (["algorithm=sft"], "'sft'.*no answers of its own.*grpo"),
+        (["algorithm=sft"], "'sft'.*does not learn from sampled answers.*grpo"),
         (["algorithm=grppo"], "grppo"),
         (["settings.clip_hihg=0.3"], "clip_high"),
         (["settings.redraws=2"], r"settings\.redraws.*answers_per_prompt=1"),

@@ -15,7 +15,7 @@ def online_algorithm(config: PpoConfig) -> Algorithm:
     name, row = config.algorithm, algorithm(config.algorithm)
     if row.advantage is None:
         online = ", ".join(known for known, other in ALGORITHMS.items() if other.advantage is not None)
-        raise ConfigError(f"algorithm={name!r}: learns from no answers of its own; those that do: {online}")
+        raise ConfigError(f"algorithm={name!r}: does not learn from sampled answers; those that do: {online}")
     row = row.with_settings(config.settings)
     settings = online_settings(row)
     if config.rollout.answers_per_prompt < row.fewest_answers:
