@@ -68,9 +68,7 @@ def test_finished_beats_cut() -> None:
 
 def test_total_by_hand() -> None:
     """Sixteen words, two too many, finished, not friendly; 3 of 4 content words (egg, boil, yolk), 1 of 2 new ones."""
-    score = gold_score(
-        PROMPT, "Boil the egg for nine or more, and until the yolk is as it was before.", finished=True
-    )
+    score = gold_score(PROMPT, "Boil the egg for nine or more, and until the yolk is as it was before.", finished=True)
     brevity = 1 / (1 + (2 / 8) ** 2)
     subject = 1 - (1 - 3 / 4) ** 3
     sense = 0.5  # one new word, nine, where two are enough
