@@ -17,7 +17,7 @@ from dressage.config import ModelConfig, RewardConfig
 from dressage.data.prepare import prepare_rankings
 from dressage.data.sources import read_rankings
 from dressage.models.files import load_backbone, load_reward_model
-from dressage.stages import reward_accuracy
+from dressage.stages.comparing import reward_accuracy
 
 
 def main() -> None:

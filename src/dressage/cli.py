@@ -217,15 +217,16 @@ def recipes(
     name: Annotated[str | None, typer.Argument(help="Print this recipe.")] = None,
 ) -> None:
     """The recipes that are shipped."""
-    from dressage import config
+    from dressage.recipe import read_yaml
+    from dressage.recipe import recipes as shipped
 
     if name is not None:
-        config.read_yaml(name)
-        typer.echo(config.recipes().get(name, Path(name)).read_text(encoding="utf-8").rstrip())
+        read_yaml(name)
+        typer.echo(shipped().get(name, Path(name)).read_text(encoding="utf-8").rstrip())
         return
     table = Table("recipe", "verb", "what it does", box=None, pad_edge=False)
-    for known in config.recipes():
-        raw = config.read_yaml(known)
+    for known in shipped():
+        raw = read_yaml(known)
         table.add_row(known, "run" if "stages" in raw else raw.get("kind", ""), raw.get("description", ""))
     _console().print(table)
 
@@ -239,10 +240,10 @@ def main() -> None:
 
 
 def _run_pipeline(recipe: str, overrides: Sequence[str], out: Path | None, dry_run: bool) -> None:
-    from dressage import config
+    from dressage.recipe import load_pipeline
 
     overrides = [*overrides, *([] if out is None else [f"folder={json.dumps(str(out))}"])]
-    plan, stages = config.load_pipeline(recipe, overrides)
+    plan, stages = load_pipeline(recipe, overrides)
     if dry_run:
         _foretell(stages, Path(plan.folder))
         return
@@ -268,7 +269,7 @@ def _run_stages(told: Mapping[str, Any], stages: Mapping[str, Settings], folder:
         # Not before: a run that cannot even begin leaves nothing behind.
         write_json(folder / "pipeline.json", told)
     from dressage.monitor.report import write_report
-    from dressage.stages import summarise
+    from dressage.stages.comparing import summarise
 
     summary = summarise(folder)
     _show_summary(summary, console)
@@ -276,7 +277,7 @@ def _run_stages(told: Mapping[str, Any], stages: Mapping[str, Settings], folder:
 
 
 def _run_one_stage(kind: str, recipe: str | None, overrides: Sequence[str], out: Path | None, dry_run: bool) -> None:
-    from dressage.config import load_stage
+    from dressage.recipe import load_stage
 
     settings = load_stage(kind, recipe, overrides)
     folder = out or Path("runs") / (Path(recipe).stem if recipe else kind)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from dressage.config import STAGE_KINDS, PipelineConfig, load_pipeline, load_stage, parse, read_yaml, recipes
+from dressage.config import STAGE_KINDS, PipelineConfig
 from dressage.material import path as material
+from dressage.recipe import load_pipeline, load_stage, parse, read_yaml, recipes
 
 RECIPES = recipes()
 

@@ -134,13 +134,13 @@ def test_interrupted_and_unforeseen(dressage: Command, monkeypatch: pytest.Monke
     def fail(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("dressage.config.recipes", interrupt)
+    monkeypatch.setattr("dressage.recipe.recipes", interrupt)
     ran = dressage("recipes")
     assert (ran.exit_code, len(ran.stderr.splitlines())) == (130, 1) and "same command" in ran.stderr
-    monkeypatch.setattr("dressage.config.recipes", forbid)
+    monkeypatch.setattr("dressage.recipe.recipes", forbid)
     ran = dressage("recipes")
     assert ran.exit_code == 2 and ran.stderr.startswith("error: runs/mine: Permission denied")
-    monkeypatch.setattr("dressage.config.recipes", fail)
+    monkeypatch.setattr("dressage.recipe.recipes", fail)
     # Our own mistakes are not made to look like the user's.
     assert isinstance(dressage("recipes").exception, ZeroDivisionError)
 
@@ -348,16 +348,18 @@ def test_whole_weights_learn_against_a_reward_model_that_stands_still(
     dressage: Command, recipe: Path, tmp_path: Path
 ) -> None:
     """With lora=null the policy's weights move; the reward model, trained as an adapter on the same base, must not."""
-    from dressage import assemble, config
+    from dressage import assemble
+    from dressage.config import PpoConfig
     from dressage.models.files import load_backbone
+    from dressage.recipe import load_pipeline
 
     changed = ["stages.ppo.lora=null", "stages.ppo.value.start=zero"]
     ran_well(dressage("run", recipe, "--out", tmp_path / "run", *changed, "stages.after.measure_kl=false"))
     assert (tmp_path / "run" / "ppo" / "policy" / "model.safetensors").is_file()
 
-    _, stages = config.load_pipeline(str(recipe), [f"folder={tmp_path / 'run'}", *changed])
+    _, stages = load_pipeline(str(recipe), [f"folder={tmp_path / 'run'}", *changed])
     settings = stages["ppo"]
-    assert isinstance(settings, config.PpoConfig)
+    assert isinstance(settings, PpoConfig)
     backbone = load_backbone(assemble.learning_model(settings))
     reward_model, _ = assemble.build_reward_model(settings, backbone, assemble.build_template(settings.model))
     assemble.build_role(backbone, "policy", None, seed=1)

@@ -11,16 +11,17 @@ from typing import Any
 import pytest
 import torch
 
-from dressage import assemble, config
+from dressage import assemble
 from dressage.algorithms.catalog import algorithm
 from dressage.algorithms.trust_region import exact_kl
 from dressage.batches import Experience
-from dressage.config import LoraConfig, OptimizerConfig, PpoConfig, recipes
+from dressage.config import LoraConfig, ModelConfig, OptimizerConfig, PpoConfig
 from dressage.errors import ConfigError
 from dressage.models.files import load_backbone, weights_hash
 from dressage.models.roles import Role, ScalarHead
 from dressage.models.scoring import score_logits, score_tokens, score_values
 from dressage.monitor.writers import read_metrics
+from dressage.recipe import load_stage, read_yaml, recipes
 from dressage.schema import Reward, Rollout
 from dressage.training.batch_sources import RolloutSource
 from dressage.training.online import online_algorithm
@@ -28,7 +29,7 @@ from dressage.training.optimizer import Optimizer
 from dressage.training.trainer import _learn
 from dressage.training.update import Learner
 
-ONLINE = [name for name in recipes() if config.read_yaml(name).get("kind") == "ppo"]
+ONLINE = [name for name in recipes() if read_yaml(name).get("kind") == "ppo"]
 NAMES = ["Ann", "Ben", "Cem", "Dao", "Eva", "Fay", "Gus", "Hal", "Ida", "Jon", "Kim", "Lea"]
 
 
@@ -69,7 +70,7 @@ def test_each_recipe_trains_a_policy(
 ) -> None:
     ran = dressage("rl", name, *small(made, tiny_model), "--out", tmp_path / "run")
     assert ran.exit_code == 0, ran.output + repr(ran.exception)
-    row = algorithm(config.read_yaml(name).get("algorithm", "ppo"))
+    row = algorithm(read_yaml(name).get("algorithm", "ppo"))
     assert (tmp_path / "run" / "policy" / "adapter_model.safetensors").is_file()
     assert (tmp_path / "run" / "value").is_dir() == ("value" in row.roles)
     logged = read_metrics(tmp_path / "run")
@@ -150,21 +151,21 @@ def test_a_bounded_run_goes_on_where_it_was_stopped(
     ],
 )
 def test_contradictions_are_named(changes: list[str], message: str) -> None:
-    settings = config.load_stage("ppo", "ppo", changes)
+    settings = load_stage("ppo", "ppo", changes)
     assert isinstance(settings, PpoConfig)
     with pytest.raises(ConfigError, match=message):
         online_algorithm(settings)
 
 
 def test_what_has_no_critic_is_not_asked_for_one() -> None:
-    settings = config.load_stage("ppo", "rloo", ["lora=null"])
+    settings = load_stage("ppo", "rloo", ["lora=null"])
     assert isinstance(settings, PpoConfig)
     assert "value" not in online_algorithm(settings).roles
 
 
 def test_more_soft_tokens_than_tokens_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"soft_tokens=41.*max_new_tokens=40"):
-        config.load_stage("ppo", "dapo", ["soft_tokens=41"])
+        load_stage("ppo", "dapo", ["soft_tokens=41"])
 
 
 # --- draws
@@ -184,7 +185,7 @@ class Judge:
 def source(name: str, made: Path, tiny_model: Path, judge: Judge, *changes: str) -> RolloutSource:
     """Rollouts of the tiny model, judged by a rule: 4 prompts of 12, with 3 answers each."""
     asked = [*small(made, tiny_model), "rollout.prompts_per_step=4", "rollout.answers_per_prompt=3"]
-    settings = config.load_stage("ppo", name, [*asked, "minibatch_size=null", "truncated=keep", *changes])
+    settings = load_stage("ppo", name, [*asked, "minibatch_size=null", "truncated=keep", *changes])
     assert isinstance(settings, PpoConfig)
     template = assemble.build_template(settings.model)
     backbone = load_backbone(settings.model)
@@ -291,7 +292,7 @@ def test_the_old_policys_price_adapts_and_reaches_the_loss(made: Path, tiny_mode
 
 
 def learner(name: str, tiny_model: Path, micro_batch_tokens: int = 10_000, **settings: Any) -> Learner:
-    base = load_backbone(config.ModelConfig(name=str(tiny_model)))
+    base = load_backbone(ModelConfig(name=str(tiny_model)))
     groups: dict[str, Any] = {}
     for role, seed in {"policy": 2, "value": 4}.items():
         base.add_adapter(role, LoraConfig(rank=4), seed=seed)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dressage.stages import summarise
+from dressage.stages.comparing import summarise
 
 
 def write(path: Path, value: dict[str, Any]) -> None:

@@ -1,0 +1,190 @@
+"""The stages that learn: records or prompts in, a role on disk out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from dressage import assemble
+from dressage.algorithms.catalog import algorithm
+from dressage.algorithms.reward_modeling import affine_normalisation
+from dressage.batches import RatingBatch
+from dressage.config import DpoConfig, PpoConfig, RewardConfig, SftConfig
+from dressage.data.collate import collate_demonstrations, collate_rankings, collate_ratings
+from dressage.models.files import Normalisation, load_backbone, save_role
+from dressage.models.roles import Role, ScalarHead
+from dressage.pipeline import settings_hash, write_json
+from dressage.rewards.learned import score_rows
+from dressage.stages.answers import gold_of, note, read_answers
+from dressage.stages.comparing import reward_accuracy
+from dressage.training.batch_sources import DatasetSource, RolloutSource
+from dressage.training.online import online_algorithm, updates_per_round
+from dressage.training.reference import with_reference
+from dressage.training.trainer import BatchSource, train
+from dressage.training.update import CHOSEN, REJECTED, Learner
+
+
+def sft(config: SftConfig, folder: Path, console: Console | None) -> None:
+    """Demonstrations -> a policy that imitates them: folder/policy."""
+    template = assemble.build_template(config.model)
+    rows = assemble.build_rows("demonstrations", config.data, template, config.seed)
+    note(folder, rows.notes, console)
+    backbone = load_backbone(assemble.learning_model(config))
+    policy = assemble.build_role(backbone, "policy", config.lora, seed=config.seed)
+    steps = assemble.total_steps(config.training, len(rows.train))
+    learner = assemble.build_learner(algorithm("sft"), policy, config, steps)
+
+    def collate(encoded: Sequence[Any]) -> Any:
+        return collate_demonstrations(encoded, template.pad_token)
+
+    def measure() -> dict[str, float]:
+        return {"loss/heldout": learner.measure(collate(rows.heldout))["loss"]}
+
+    source = DatasetSource(rows.train, collate, config.training.batch_size, config.seed)
+    _train(source, learner, config, folder, steps, console, measure if rows.heldout else None)
+    save_role(folder / "policy", policy, "policy", config.model, tokenizer=template.tokenizer)
+
+
+def reward(config: RewardConfig, folder: Path, console: Console | None) -> None:
+    """Rankings -> a model that scores answers as people rank them: folder/reward."""
+    template = assemble.build_template(config.model)
+    rows = assemble.build_rows("rankings", config.data, template, config.seed)
+    note(folder, rows.notes, console)
+    backbone = load_backbone(assemble.learning_model(config))
+    head = ScalarHead.for_reward(backbone.width, config.seed)
+    role = assemble.build_role(backbone, "reward", config.lora, seed=config.seed, head=head, depth=config.depth)
+    steps = assemble.total_steps(config.training, len(rows.train))
+    learner = assemble.build_learner(algorithm(f"reward_{config.loss}"), role, config, steps)
+
+    def collate(encoded: Sequence[Any]) -> Any:
+        return collate_rankings(encoded, template.pad_token)
+
+    def measure() -> dict[str, float]:
+        measured = learner.measure(collate(rows.heldout))
+        return {"loss/heldout": measured["loss"], "accuracy/heldout": measured["accuracy"]}
+
+    source = DatasetSource(rows.train, collate, config.training.batch_size, config.seed)
+    _train(source, learner, config, folder, steps, console, measure if rows.heldout else None)
+    assert role.head is not None
+    if config.normalise_on is not None:
+        rollouts = read_answers(Path(config.normalise_on), template)
+        typical = score_rows(role, [(*r.prompt.tokens, *r.completion.tokens) for r in rollouts])
+    else:
+        typical = score_rows(role, [answer.tokens for row in rows.train for answer in row.answers])
+    gain, bias = (float(value) for value in affine_normalisation(typical))
+    role.head.normalise(gain, bias)
+    save_role(
+        folder / "reward",
+        role,
+        "reward",
+        config.model,
+        normalisation=Normalisation(gain, bias),
+        tokenizer=template.tokenizer,
+    )
+    if rows.heldout:
+        write_json(folder / "accuracy.json", reward_accuracy(role, rows.train, rows.heldout))
+
+
+def dpo(config: DpoConfig, folder: Path, console: Console | None) -> None:
+    """Answers that people judged -> a policy that prefers as they do: folder/policy."""
+    row = assemble.build_preference_algorithm(config)
+    template = assemble.build_template(config.model)
+    one_by_one = RatingBatch in row.losses
+    rows = assemble.build_rows("ratings" if one_by_one else "rankings", config.data, template, config.seed)
+    note(folder, rows.notes, console)
+    backbone = load_backbone(assemble.learning_model(config))
+    train_rows, heldout = list(rows.train), list(rows.heldout)
+    if "reference" in row.roles:
+        # Before anything learns the model is its own reference, with whole weights too.
+        judged = _referenced([*train_rows, *heldout], Role(backbone), folder, console)
+        train_rows, heldout = judged[: len(train_rows)], judged[len(train_rows) :]
+    policy = assemble.build_role(backbone, "policy", config.lora, seed=config.seed)
+    steps = assemble.total_steps(config.training, len(train_rows))
+    learner = assemble.build_learner(row, policy, config, steps)
+
+    def collate(encoded: Sequence[Any]) -> Any:
+        return (collate_ratings if one_by_one else collate_rankings)(encoded, template.pad_token)
+
+    def measure() -> dict[str, float]:
+        measured = learner.measure(collate(heldout))
+        return {f"{name}/heldout": measured[name] for name in ("loss", "accuracy", "margin") if name in measured} | {
+            f"{name}_heldout": measured[name] for name in (CHOSEN, REJECTED) if name in measured
+        }
+
+    source = DatasetSource(train_rows, collate, config.training.batch_size, config.seed)
+    _train(source, learner, config, folder, steps, console, measure if heldout else None)
+    save_role(folder / "policy", policy, "policy", config.model, tokenizer=template.tokenizer)
+
+
+def _referenced(rows: Sequence[Any], reference: Role, folder: Path, console: Console | None) -> list[Any]:
+    with Progress(console=console or Console(quiet=True), transient=True) as progress:
+        task = progress.add_task("reference", total=sum(len(row.answers) for row in rows))
+        return with_reference(rows, reference, folder, lambda read: progress.advance(task, read))
+
+
+def ppo(config: PpoConfig, folder: Path, console: Console | None) -> None:
+    """Prompts and a reward model -> a policy that earns more: folder/policy."""
+    row = online_algorithm(config)
+    template = assemble.build_template(config.model)
+    rows = assemble.build_rows("prompts", config.prompts, template, config.seed)
+    ptx = None
+    if config.ptx is not None:
+        demonstrations = assemble.build_rows("demonstrations", config.ptx.data, template, config.seed)
+        ptx = DatasetSource(
+            demonstrations.train,
+            lambda encoded: collate_demonstrations(encoded, template.pad_token),
+            config.ptx.batch_size,
+            config.seed,
+        )
+    note(folder, rows.notes, console)
+    backbone = load_backbone(assemble.learning_model(config))
+    reward_model, scorer = assemble.build_reward_model(config, backbone, template)
+    value = assemble.build_value(row, config, reward_model)
+    trunk = ScalarHead(backbone.width) if value is None and "value" in row.roles else None
+    policy = assemble.build_role(backbone, "policy", config.lora, seed=config.seed, head=trunk)
+    assert config.training.steps is not None
+    steps = config.training.steps
+    updates = steps * updates_per_round(config)
+    source = RolloutSource(
+        config=config,
+        algorithm=row,
+        prompts=rows.train,
+        template=template,
+        engine=assemble.build_engine(config.rollout.engine, policy, template, config.rollout.max_batch),
+        scorer=scorer,
+        policy=policy,
+        reference=assemble.build_reference(config, backbone),
+        value=value,
+        ptx=ptx,
+        gold=gold_of if config.gold == "simulated" else None,
+    )
+    _train(source, assemble.build_learner(row, policy, config, updates, value=value), config, folder, steps, console)
+    if value is not None:
+        save_role(folder / "value", value, "value", config.model)
+    save_role(folder / "policy", policy, "policy", config.model, tokenizer=template.tokenizer)
+
+
+def _train(
+    source: BatchSource,
+    learner: Learner,
+    config: SftConfig | RewardConfig | DpoConfig | PpoConfig,
+    folder: Path,
+    steps: int,
+    console: Console | None,
+    evaluate: Callable[[], Mapping[str, float]] | None = None,
+) -> None:
+    train(
+        source,
+        learner,
+        folder=folder,
+        total_steps=steps,
+        config=config.training,
+        seed=config.seed,
+        settings_hash=settings_hash(config),
+        open_monitor=assemble.open_monitor(folder, config.kind, steps, console),
+        evaluate=evaluate,
+    )
