@@ -178,6 +178,7 @@ def build_learner(
     updates: int,
     *,
     value: Role | None = None,
+    reference: Role | None = None,
 ) -> Learner:
     """Who learns, with an optimizer over what each role learns; `updates` optimizer steps in all."""
     groups: dict[str, Mapping[str, Any]] = {"policy": policy.parameters()}
@@ -199,6 +200,7 @@ def build_learner(
         algorithm=row,
         policy=policy,
         value=value,
+        reference=reference,
         optimizer=Optimizer(groups, optimizer),
         rates=rates,
         micro_batch_tokens=config.training.micro_batch_tokens,

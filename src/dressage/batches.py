@@ -91,6 +91,7 @@ class TokenScores:
     logprobs: PerToken  # [B, T] of token t given the tokens before it
     entropy: PerToken | None = None  # [B, T] of the distribution token t was drawn from, nats
     values: PerToken | None = None  # [B, T] V(s_t) of the state token t was chosen in; None: no value head asked
+    full_kl: PerToken | None = None  # [B, T] from the reference's distribution of token t to this one, nats
 
 
 def _each(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:

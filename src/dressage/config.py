@@ -139,6 +139,11 @@ class KlConfig(Settings):
     """The price of moving away from the reference, in the reward of every token."""
 
     coef: NonNegative = 0.05
+    estimator: Literal["k1", "k2", "k3", "full"] = "k1"
+    """How a token's KL is told. k1 alone is unbiased in the reward; full, over the whole vocabulary, does not blame the
+    token that was chosen but the state it was chosen in (in the loss, settings.full_kl has no such flaw)."""
+    watch_full: bool = False
+    """Log the KL over the whole vocabulary beside the estimate: takes one more pass of the reference."""
     controller: Literal["fixed", "proportional", "band"] = "fixed"
     target_per_answer: Above0 = 6.0
     """proportional: nats an answer to steer to (Ziegler et al. 2019)."""

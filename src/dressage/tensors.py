@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 
 def token_logprobs(
@@ -107,6 +108,33 @@ class _TokenLogprobs(torch.autograd.Function):
             None if grad_bias is None else grad_bias.to(bias.dtype),
             *[None] * 4,
         )
+
+
+def full_kl(
+    hidden: Tensor,
+    ref_hidden: Tensor,
+    weight: Tensor,
+    ref_weight: Tensor,
+    *,
+    temperature: float = 1.0,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    chunk: int = 256,
+) -> Tensor:
+    """KL(policy || reference) [N] in nats of whole next-token distributions, from the states [N, H] they follow.
+
+    Differentiable in the policy's; no more than `chunk` rows of logits exist at once, forward or backward.
+    """
+
+    def of(hidden: Tensor, ref_hidden: Tensor) -> Tensor:
+        logp = _logits(hidden, weight, bias, temperature).log_softmax(-1)
+        ref_logp = _logits(ref_hidden, ref_weight, ref_bias, temperature).log_softmax(-1)
+        kl: Tensor = torch.linalg.vecdot(logp.exp(), logp - ref_logp)
+        return kl
+
+    hidden, ref_hidden = hidden.to(weight.dtype), ref_hidden.to(ref_weight.dtype)
+    parts = zip(hidden.split(chunk), ref_hidden.split(chunk), strict=True)
+    return torch.cat([checkpoint(of, *part, use_reentrant=False) for part in parts])
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, tensor
 from torch.testing import assert_close
 
-from dressage.tensors import token_logprobs
+from dressage.tensors import full_kl, token_logprobs
 
 
 def plain(
@@ -130,3 +130,22 @@ def test_ppo_at_ratio_1_has_reinforces_gradient() -> None:
     ratio = (logprobs - logprobs.detach()).exp()
     (gradient,) = torch.autograd.grad(ratio.sum(), logits)
     assert_close(gradient, tensor([[-0.1749, 0.5246, -0.1749, -0.1749]]), rtol=0, atol=5e-5)
+
+
+@given(rows=st.integers(1, 9), chunk=st.integers(1, 10), temperature=st.sampled_from([0.5, 1.0, 1.7]))
+def test_full_kl_is_that_of_all_logits_at_once(rows: int, chunk: int, temperature: float) -> None:
+    hidden, weight, _, bias = model(rows)
+    below, other, _, ref_bias = model(rows)
+    for leaf in (hidden, weight, bias):
+        leaf.requires_grad_()
+    ours = full_kl(hidden, below, weight, other, temperature=temperature, bias=bias, ref_bias=ref_bias, chunk=chunk)
+    policy, reference = (
+        torch.distributions.Categorical(logits=(states @ head.T + offset) / temperature)
+        for states, head, offset in ((hidden, weight, bias), (below, other, ref_bias))
+    )
+    oracle = torch.distributions.kl_divergence(policy, reference)
+    mix, leaves = torch.randn(rows, dtype=torch.float64), (hidden, weight, bias)
+    assert_close(ours, oracle, rtol=0, atol=1e-10)
+    gradients = torch.autograd.grad((mix * ours).sum(), leaves)
+    assert_close(gradients, torch.autograd.grad((mix * oracle).sum(), leaves), rtol=0, atol=1e-10)
+    assert_close(full_kl(hidden, hidden, weight, weight), torch.zeros(rows, dtype=torch.float64), rtol=0, atol=1e-12)

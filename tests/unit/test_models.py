@@ -97,6 +97,23 @@ def test_log_probs_are_those_of_the_plain_model(make: Any) -> None:
     assert_close(scores.entropy[:, 1:].double(), entropy[:, :-1].masked_fill(~wanted[:, 1:], 0.0), **EXACT)
 
 
+def test_the_full_kl_is_from_the_distributions_the_tokens_were_drawn_from() -> None:
+    """Against both models' own logits, shifted by hand."""
+    backbone = Backbone(llama())
+    trained(backbone, "policy")
+    policy, reference = Role(backbone, "policy"), Role(backbone)
+    tokens, mask, wanted = rows()
+    logp = []
+    for role in (policy, reference):
+        with role.speaking():
+            logits = backbone.model(input_ids=tokens, attention_mask=mask.long()).logits
+        logp.append(torch.log_softmax(logits.double() / 0.7, -1))
+    expected = (logp[0].exp() * (logp[0] - logp[1])).sum(-1)
+    found = score_tokens(policy, tokens, mask, wanted, temperature=0.7, reference=reference).full_kl
+    assert found is not None and expected.amax() > 1e-3
+    assert_close(found[:, 1:].double(), expected[:, :-1].masked_fill(~wanted[:, 1:], 0.0), **EXACT)
+
+
 @pytest.mark.parametrize("make", [llama, gpt2, opt])
 def test_padding_side_and_amount_change_nothing(make: Any) -> None:
     backbone = Backbone(make())

@@ -83,6 +83,21 @@ def test_each_recipe_trains_a_policy(
     assert first["gradient/norm"] > 0
 
 
+def test_the_kl_over_the_vocabulary_is_priced_learnt_and_logged(
+    dressage: Callable[..., Any], made: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Nothing at the start, more than nothing after the first update."""
+    asked = ["kl={coef: 0.1, estimator: full}", "settings={kl_loss_coef: 0.1, full_kl: true}"]
+    quick = [*small(made, tiny_model), "optimizer.learning_rate=0.01"]
+    ran = dressage("rl", "rloo", *quick, *asked, "--out", tmp_path / "run")
+    assert ran.exit_code == 0, ran.output
+    first, second = (row["kl/full_per_token"] for row in read_metrics(tmp_path / "run"))
+    assert first == pytest.approx(0.0, abs=1e-6) and second > 1e-5
+    ran = dressage("rl", "rloo", *quick, "kl.watch_full=true", "--out", tmp_path / "watched")
+    assert [row["loss/policy"] == row["loss"] for row in read_metrics(tmp_path / "watched")] == [True, True]
+    assert read_metrics(tmp_path / "watched")[1]["kl/full_per_token"] > 1e-5
+
+
 @pytest.mark.parametrize("name", ["dapo", "trpo", "remax"])
 def test_a_dry_run_reckons_with_what_a_method_adds(
     name: str, dressage: Callable[..., Any], made: Path, tiny_model: Path
@@ -148,6 +163,7 @@ def test_a_bounded_run_goes_on_where_it_was_stopped(
         (["algorithm=trpo", "value.start=zero"], r'value\.start="zero".*settings\.max_kl'),
         (["lora=null"], 'value.start="reward" needs lora'),
         (["algorithm=ppo_penalty", "minibatch_size=null"], r"settings\.old_kl_coef.*reuse"),
+        (["settings.full_kl=true"], r"settings\.full_kl.*settings\.kl_loss_coef=0"),
     ],
 )
 def test_contradictions_are_named(changes: list[str], message: str) -> None:

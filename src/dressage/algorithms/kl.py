@@ -25,6 +25,9 @@ def k3(logprobs: PerToken, ref_logprobs: PerToken) -> PerToken:
     return log_ratio.expm1() - log_ratio
 
 
+ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
+
+
 def proportional(coef: float, kl: float, target: float, horizon: float, n: int) -> float:
     """The coefficient after n more answers whose KL was `kl`, steered to `target` (Ziegler et al. 2019, sec. 2.2).
 

@@ -30,6 +30,8 @@ class PolicyGradientSettings:
     """Of the entropy, in nats a token, that is subtracted from the loss."""
     kl_loss_coef: float = 0.0
     """Of the KL against the reference, in the loss. The KL in the reward has its own coefficient, which adapts."""
+    full_kl: bool = False
+    """That KL is taken over the whole vocabulary instead of being estimated from the sampled token."""
     old_kl_coef: float = 0.0
     """Of the KL from the old policy, in the loss: where an adapting coefficient begins."""
     stop_kl: float | None = None
@@ -149,8 +151,8 @@ def policy_loss(
 ) -> dict[str, PerToken]:
     """Terms of the loss of every token, signed and weighted: their sum is the loss.
 
-    "policy"; "value" if the experience has returns; "entropy", "kl" (`kl` against the reference) and "old_kl" (k3 of
-    KL(old || new), Schulman et al. 2017, eq. 8) if their coefficients are above 0.
+    "policy"; "value" if the experience has returns; "entropy", "kl" (against the reference: estimated by `kl`, or
+    whole) and "old_kl" (k3 of KL(old || new), Schulman et al. 2017, eq. 8) if their coefficients are above 0.
     """
     log_ratio = _log_ratio(scores, batch)
     terms = {"policy": surrogate(log_ratio, batch.advantages, batch.response_mask, settings)}
@@ -163,11 +165,20 @@ def policy_loss(
         assert scores.entropy is not None, "an entropy bonus needs the entropy"
         terms["entropy"] = -settings.entropy_coef * scores.entropy
     if settings.kl_loss_coef > 0:
-        assert batch.ref_logprobs is not None, "a KL loss needs a reference"
-        terms["kl"] = settings.kl_loss_coef * kl(scores.logprobs, batch.ref_logprobs)
+        terms["kl"] = settings.kl_loss_coef * _reference_kl(scores, batch, settings, kl)
     if settings.old_kl_coef > 0:
         terms["old_kl"] = settings.old_kl_coef * k3(torch.zeros_like(log_ratio), log_ratio)
     return terms
+
+
+def _reference_kl(
+    scores: TokenScores, batch: Experience, settings: PolicyGradientSettings, estimate: Estimator
+) -> PerToken:
+    if settings.full_kl:
+        assert scores.full_kl is not None, "a KL over the vocabulary needs the reference's distributions"
+        return scores.full_kl
+    assert batch.ref_logprobs is not None, "a KL loss needs a reference"
+    return estimate(scores.logprobs, batch.ref_logprobs)
 
 
 def held_back(policy_term: PerToken, logprobs: PerToken, advantages: PerToken) -> PerToken:
@@ -186,7 +197,7 @@ def policy_statistics(
     """What to watch of every token, without gradient; average it as the loss is.
 
     "ratio" to the old policy; "value_clipped", 1 where the clip took the gradient away; "kl_update", k3 of
-    KL(old || new) in nats; "entropy" in nats, if scored.
+    KL(old || new) in nats; "entropy" and "full_kl" in nats, if scored.
     """
     log_ratio = _log_ratio(scores, batch)
     ratio = log_ratio.exp()
@@ -197,6 +208,8 @@ def policy_statistics(
         watched["value_clipped"] = (loss > plain).to(ratio.dtype)
     if scores.entropy is not None:
         watched["entropy"] = scores.entropy.detach()
+    if scores.full_kl is not None:
+        watched["full_kl"] = scores.full_kl.detach()
     return watched
 
 

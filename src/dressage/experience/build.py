@@ -111,6 +111,7 @@ def build_experience(
     gamma: float,
     lam: float,
     whiten_advantages: bool,
+    token_kl: PerToken | None = None,
     advantage: Advantage = actor_critic,
     baseline: PerSequence | None = None,
     truncated: Truncated = "keep",
@@ -122,9 +123,9 @@ def build_experience(
     """Experience of answers with these scores [B], and what they earned.
 
     A token's reward is -kl_coef (old - reference log-probability), the last token's also the answer's score (Ziegler et
-    al. 2019, eq. 2). The score is clipped first, and pays for being too long, as `earned` says; or answers the engine
-    cut are left out of the loss. A `baseline` [B] is taken off every advantage of its answer. Returns come before the
-    advantages are whitened.
+    al. 2019, eq. 2); `token_kl` [B, T], if given, is priced in place of that difference. The score is clipped first,
+    and pays for being too long, as `earned` says; or answers the engine cut are left out of the loss. A `baseline` [B]
+    is taken off every advantage of its answer. Returns come before the advantages are whitened.
     """
     answer = samples.response_mask
     old_logprobs = old_logprobs.masked_fill(~answer, 0.0)
@@ -148,7 +149,8 @@ def build_experience(
     )
     counted = answer & samples.finished[:, None] if truncated == "mask" else answer
 
-    rewards = -kl_coef * kl + kept[:, None] * _last(answer)
+    priced = kl if token_kl is None else token_kl.masked_fill(~answer, 0.0)
+    rewards = -kl_coef * priced + kept[:, None] * _last(answer)
     advantages = advantage(rewards, values, counted, samples.group, gamma=gamma, lam=lam)
     if baseline is not None:
         advantages = advantages - baseline.to(advantages)[:, None] * counted

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dressage.batches import Ints, Mask, PerSequence, PerToken, TokenScores
 from dressage.models.roles import Role
-from dressage.tensors import token_logprobs
+from dressage.tensors import full_kl, token_logprobs
 
 
 def score_tokens(
@@ -18,11 +18,12 @@ def score_tokens(
     *,
     temperature: float = 1.0,
     entropy: bool = False,
+    reference: Role | None = None,
 ) -> TokenScores:
     """Log-probabilities of the wanted tokens given those before them, and values if the role has a head.
 
     All arguments and results are [B, T]; logits exist for wanted positions only, a chunk at a time. The first token of
-    a row has nothing before it and cannot be wanted.
+    a row has nothing before it and cannot be wanted. With a `reference`, also the KL of its whole distributions.
     """
     hidden, targets = _before(role.hidden(tokens, attention_mask), wanted), tokens[:, 1:][wanted[:, 1:]]
     head = role.backbone.model.get_output_embeddings()
@@ -33,6 +34,33 @@ def score_tokens(
         logprobs=_placed(logprobs, wanted),
         entropy=None if entropies is None else _placed(entropies, wanted),
         values=None if role.head is None else _placed(role.head(hidden), wanted),
+        full_kl=None
+        if reference is None
+        else _placed(_full_kl(role, hidden, reference, tokens, attention_mask, wanted, temperature), wanted),
+    )
+
+
+def _full_kl(
+    role: Role,
+    hidden: Tensor,
+    reference: Role,
+    tokens: Ints,
+    attention_mask: Mask,
+    wanted: Mask,
+    temperature: float,
+) -> Tensor:
+    """KL(role || reference) [N] at the wanted tokens, from the role's own states [N, H] before them."""
+    with torch.no_grad():
+        below = _before(reference.hidden(tokens, attention_mask), wanted)
+    head, other = (one.backbone.model.get_output_embeddings() for one in (role, reference))
+    return full_kl(
+        hidden,
+        below,
+        head.weight,
+        other.weight.detach(),
+        temperature=temperature,
+        bias=getattr(head, "bias", None),
+        ref_bias=getattr(other, "bias", None),
     )
 
 

@@ -138,6 +138,13 @@ _TABLE = (
         "answers, a whole answer at a time.",
         "slowly up to a few nats, not without end",
     ),
+    Metric(
+        "kl/full_per_token",
+        "nats/token",
+        "The same distance without luck: over every token the model might have said, for an average place.",
+        "slowly up",
+        decimals=4,
+    ),
     Metric("kl/coef", "", "Price of one nat of that distance, in units of the reward."),
     Metric("kl/old_coef", "", "Price of one nat away from the policy that wrote the answers, in the loss."),
     Metric(

@@ -22,7 +22,7 @@ from dressage.rewards.learned import score_rows
 from dressage.stages.answers import gold_of, note, read_answers
 from dressage.stages.comparing import reward_accuracy
 from dressage.training.batch_sources import DatasetSource, RolloutSource
-from dressage.training.online import online_algorithm, updates_per_round
+from dressage.training.online import online_algorithm, online_settings, updates_per_round
 from dressage.training.reference import with_reference
 from dressage.training.trainer import BatchSource, train
 from dressage.training.update import CHOSEN, REJECTED, Learner
@@ -149,6 +149,7 @@ def ppo(config: PpoConfig, folder: Path, console: Console | None) -> None:
     assert config.training.steps is not None
     steps = config.training.steps
     updates = steps * updates_per_round(config)
+    reference = assemble.build_reference(config, backbone)
     source = RolloutSource(
         config=config,
         algorithm=row,
@@ -157,12 +158,14 @@ def ppo(config: PpoConfig, folder: Path, console: Console | None) -> None:
         engine=assemble.build_engine(config.rollout.engine, policy, template, config.rollout.max_batch),
         scorer=scorer,
         policy=policy,
-        reference=assemble.build_reference(config, backbone),
+        reference=reference,
         value=value,
         ptx=ptx,
         gold=gold_of if config.gold == "simulated" else None,
     )
-    _train(source, assemble.build_learner(row, policy, config, updates, value=value), config, folder, steps, console)
+    whole = online_settings(row).full_kl or config.kl.watch_full
+    learner = assemble.build_learner(row, policy, config, updates, value=value, reference=reference if whole else None)
+    _train(source, learner, config, folder, steps, console)
     if value is not None:
         save_role(folder / "value", value, "value", config.model)
     save_role(folder / "policy", policy, "policy", config.model, tokenizer=template.tokenizer)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dressage.algorithms.catalog import Algorithm
-from dressage.algorithms.kl import band, proportional
+from dressage.algorithms.kl import ESTIMATORS, band, proportional
 from dressage.batches import (
     Experience,
     Mask,
@@ -118,8 +118,10 @@ class RolloutSource:
         drawn = self._draw(step)
         rollouts, rewards = drawn.rollouts, drawn.rewards
         samples = tensors_of(rollouts, self.template.pad_token)
-        old_logprobs, values = self._own_scores(samples, step)
+        old_logprobs, values, token_kl = self._own_scores(samples, step)
         ref_logprobs = logprobs_of(self.reference, samples, config.rollout.temperature)
+        if token_kl is None:
+            token_kl = ESTIMATORS[config.kl.estimator](old_logprobs, ref_logprobs)
         settings = online_settings(self.algorithm)
         assert self.algorithm.advantage is not None
         experience, report = build_experience(
@@ -132,6 +134,7 @@ class RolloutSource:
             gamma=settings.gamma,
             lam=settings.lam,
             whiten_advantages=settings.whiten_advantages,
+            token_kl=token_kl,
             advantage=self.algorithm.advantage,
             baseline=self._greedy_scores(step, rollouts) if self.algorithm.greedy_baseline else None,
             **self._lengths_price,
@@ -257,21 +260,21 @@ class RolloutSource:
             "max_length": config.rollout.max_new_tokens,
         }
 
-    def _own_scores(self, samples: Samples, step: int) -> tuple[PerToken, PerToken | None]:
-        """The policy's log-probabilities before this round's first update, and the values."""
+    def _own_scores(self, samples: Samples, step: int) -> tuple[PerToken, PerToken | None, PerToken | None]:
+        """The policy's log-probabilities before this round's first update, the values, and the full KL if priced."""
         reuse = self.config.rollout.reuse_engine_logprobs
         temperature = self.config.rollout.temperature
-        old, values = samples.engine_logprobs, None
-        if self.policy.head is not None:
+        reference = self.reference if self.config.kl.estimator == "full" else None
+        asked = ["logprobs", *(["values"] if self.policy.head else []), *(["full_kl"] if reference else [])]
+        found: dict[str, PerToken] = {"logprobs": samples.engine_logprobs}
+        if len(asked) > 1 or not reuse or step == 0:
 
-            def both(*rows: Tensor) -> Tensor:
-                scores = score_tokens(self.policy, *rows, temperature=temperature)
-                assert scores.values is not None
-                return torch.stack((scores.logprobs, scores.values), -1)
+            def scores(*rows: Tensor) -> Tensor:
+                told = score_tokens(self.policy, *rows, temperature=temperature, reference=reference)
+                return torch.stack([getattr(told, name) for name in asked], -1)
 
-            old, values = _in_pieces(self.policy, samples, both, 2).unbind(-1)
-        elif not reuse or step == 0:
-            old = logprobs_of(self.policy, samples, temperature)
+            found = dict(zip(asked, _in_pieces(self.policy, samples, scores, len(asked)).unbind(-1), strict=True))
+        old, values = found["logprobs"], found.get("values")
         if reuse and (worst := float((old - samples.engine_logprobs)[samples.response_mask].abs().amax())) > 1e-3:
             raise EngineError(
                 f"rollout.reuse_engine_logprobs: the sampler's log-probs differ from the policy's by {worst:.1e}, above"
@@ -280,7 +283,7 @@ class RolloutSource:
         if self.value is not None:
             value = self.value
             values = _in_pieces(value, samples, lambda *rows: score_values(value, *rows))
-        return old, values
+        return old, values, found.get("full_kl")
 
     def _updates(self, experience: Experience, step: int) -> list[list[AnyBatch]]:
         answers = len(experience.tokens)

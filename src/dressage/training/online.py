@@ -41,6 +41,8 @@ def online_algorithm(config: PpoConfig) -> Algorithm:
             "settings.old_kl_coef prices leaving the old policy, and a round's first update cannot have left it;"
             " set reuse=2 or more, or a smaller minibatch_size"
         )
+    if settings.full_kl and not settings.kl_loss_coef:
+        raise ConfigError("settings.full_kl is the KL in the loss, and settings.kl_loss_coef=0 leaves that out")
     return row
 
 

@@ -242,6 +242,8 @@ class Foresight:
         # At most: prompts are drawn again only where answers score the same.
         flops += settings.redraws * (forward + tokens * judge.forward)
         flops += config.reuse * (sum(tokens * learner.training for learner in learners) + new * 2 * shape.head)
+        if settings.full_kl or config.kl.watch_full:
+            flops += config.reuse * (forward + new * 3 * shape.head)
         if settings.max_kl is not None:
             # A product is a forward pass and two backward ones; a trial reads the loss, and the policy twice.
             flops += config.reuse * (

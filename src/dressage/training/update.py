@@ -47,6 +47,8 @@ class Learner:
     """The model that is trained: a policy, or a reward model."""
     value: Role | None = None
     """A critic with weights of its own; none: the policy's head, if it has one."""
+    reference: Role | None = None
+    """From whose whole distributions the policy's KL is taken; none: it is estimated from sampled tokens."""
     optimizer: Optimizer
     rates: Callable[[int], dict[str, float]]
     """Learning rate of each optimizer group at optimizer step k; a group left out rests."""
@@ -165,6 +167,7 @@ class Learner:
             mask,
             temperature=self.temperature,
             entropy=True,
+            reference=self.reference,
         )
         values = scores.values
         if self.value is not None:
@@ -215,6 +218,7 @@ _MEASURES = {
     "value_clipped": "clip/value_share",
     "kl_update": "kl/update_approx",
     "entropy": "entropy/per_token",
+    "full_kl": "kl/full_per_token",
 }
 
 
@@ -243,7 +247,10 @@ def _backward(shares: dict[str, Tensor]) -> Sums:
 
 
 def _detached(scores: TokenScores) -> TokenScores:
-    return TokenScores(scores.logprobs.detach(), None if scores.entropy is None else scores.entropy.detach())
+    def still(value: Tensor | None) -> Tensor | None:
+        return None if value is None else value.detach()
+
+    return TokenScores(scores.logprobs.detach(), entropy=still(scores.entropy), full_kl=still(scores.full_kl))
 
 
 def _size(attention_mask: Mask) -> float:
