@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test check format bench clean
+.PHONY: help setup quickstart test check format docs bench clean
 
 help: ## this text
 	@echo 'Dressage trains language models from human feedback.'
@@ -43,6 +43,9 @@ check: $(READY) ## style, types and layers
 format: $(READY) ## put the code into shape
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+docs: $(READY) ## write the pages that are made from the code
+	$(BIN)/dressage algorithms --markdown > docs/algorithms.md
 
 bench: $(READY) ## run the benchmarks one after the other (long)
 	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file" $(ARGS); done

@@ -231,6 +231,26 @@ def recipes(
     _console().print(table)
 
 
+@app.command()
+def algorithms(
+    name: Annotated[str | None, typer.Argument(help="Explain this row of the catalog.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print docs/algorithms.md.")] = False,
+) -> None:
+    """The methods there are: what each minimises, needs, and is for."""
+    from dressage.algorithms.catalog import ALGORITHMS, algorithm
+    from dressage.algorithms.page import describe, family, needs, page
+
+    if markdown:
+        typer.echo(page(), nl=False)
+    elif name is not None:
+        typer.echo("\n".join(describe(algorithm(name))))
+    else:
+        table = Table("row", "what it is", "needs", "learns", box=None, pad_edge=False)
+        for known, row in ALGORITHMS.items():
+            table.add_row(known, row.about.title, needs(row), family(row)[0].lower() + family(row)[1:])
+        _console().print(table)
+
+
 def main() -> None:
     """The command `dressage`."""
     app(prog_name="dressage")

@@ -69,10 +69,23 @@ PreferenceSettings = DpoSettings | IpoSettings | KtoSettings | OrpoSettings | Si
 Settings = SupervisedSettings | RankingSettings | PreferenceSettings | PolicyGradientSettings
 
 
+@dataclass(frozen=True)
+class About:
+    """What a row is to somebody who chooses one: `dressage algorithms` and docs/algorithms.md show it."""
+
+    title: str
+    loss: str
+    """What is minimised. r: probability ratio new to old of a token; A: its advantage; p, q: policy and reference."""
+    paper: str
+    use: str
+    """When to take it, and what to watch."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Algorithm:
     """What to learn from which batches, and what must be at hand for it."""
 
+    about: About
     losses: Mapping[type, Loss]
     """By the type of the batch; several types are learnt in one optimizer step."""
     settings: Settings
@@ -105,9 +118,24 @@ def _learns(surrogate: Surrogate, kl: Estimator = k2) -> Mapping[type, Loss]:
     return {Experience: partial(policy_loss, surrogate=surrogate, kl=kl), SupervisedBatch: ptx_loss}
 
 
-REWARD = Algorithm(losses={PreferenceBatch: partial(ranking_loss, pair_loss=log_sig)}, settings=RankingSettings())
+REWARD = Algorithm(
+    about=About(
+        "reward model, log-sigmoid",
+        "-log sigmoid(s(better) - s(worse) - margin), mean over the C(K, 2) pairs of a prompt, then over prompts",
+        "Ouyang et al. 2022, eq. 1",
+        "Rankings or comparisons to a model that scores answers. All K answers of a prompt go into one update.",
+    ),
+    losses={PreferenceBatch: partial(ranking_loss, pair_loss=log_sig)},
+    settings=RankingSettings(),
+)
 
 DPO = Algorithm(
+    about=About(
+        "direct preference optimisation",
+        "-log sigmoid(s(better) - s(worse)), s = beta log p(answer) / q(answer)",
+        "Rafailov et al. 2023, eq. 7",
+        "Preferences to a policy without a reward model or sampling. The first to try on a fixed set of comparisons.",
+    ),
     losses={PreferenceBatch: dpo_loss},
     implicit_reward=log_ratio_reward,
     roles=frozenset({"reference"}),
@@ -117,14 +145,25 @@ WITHOUT_REFERENCE = replace(DPO, roles=frozenset())
 
 # With a critic.
 PPO = Algorithm(
+    about=About(
+        "proximal policy optimisation, clipped",
+        "-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + value_coef x the critic's clipped error; A by GAE",
+        "Schulman et al. 2017, eq. 7",
+        "The standard of RLHF. With settings.ptx_coef and ptx.data it is PPO-ptx (Ouyang et al. 2022, eq. 2).",
+    ),
     losses=_learns(clipped),
     advantage=actor_critic,
     roles=frozenset({"reference", "value", "reward"}),
     settings=PolicyGradientSettings(),
 )
-# Mnih et al. 2016: the critic's error over all that came, one step of the optimizer, an entropy bonus.
 A2C = replace(
     PPO,
+    about=About(
+        "advantage actor-critic",
+        "-A log p - entropy_coef x entropy + value_coef x the critic's error; A: all reward that came, less the value",
+        "Mnih et al. 2016",
+        "One step of the optimizer for each round (reuse=1): the plainest method with a critic.",
+    ),
     losses=_learns(likelihood),
     settings=PolicyGradientSettings(
         lam=1.0, entropy_coef=0.01, value_coef=0.5, value_clip=None, whiten_advantages=False
@@ -133,6 +172,12 @@ A2C = replace(
 
 # Without one.
 REINFORCE = Algorithm(
+    about=About(
+        "REINFORCE",
+        "-A log p; A: reward-to-go, less its mean over the round",
+        "Williams 1992",
+        "One answer a prompt and no critic: little memory, much noise. Rounds of many prompts steady it.",
+    ),
     losses=_learns(likelihood),
     advantage=against_batch,
     roles=frozenset({"reference", "reward"}),
@@ -149,51 +194,204 @@ GROUP = replace(
 )
 
 ALGORITHMS: Mapping[str, Algorithm] = {
-    "sft": Algorithm(losses={SupervisedBatch: supervised_loss}, settings=SupervisedSettings()),
-    "reward_log_sig": REWARD,
-    "reward_log_exp": replace(REWARD, losses={PreferenceBatch: partial(ranking_loss, pair_loss=log_exp)}),
-    "dpo": DPO,
-    "cdpo": replace(DPO, settings=DpoSettings(label_smoothing=0.1)),
-    "ipo": replace(
-        DPO, losses={PreferenceBatch: ipo_loss}, implicit_reward=mean_log_ratio_reward, settings=IpoSettings()
+    "sft": Algorithm(
+        about=About(
+            "supervised fine-tuning",
+            "-log p of every token of the answers and their end marks, mean over tokens",
+            "Ouyang et al. 2022, sec. 3.5",
+            "Demonstrations to a policy that imitates them: the start of everything else.",
+        ),
+        losses={SupervisedBatch: supervised_loss},
+        settings=SupervisedSettings(),
     ),
-    "kto": replace(DPO, losses={RatingBatch: kto_loss}, settings=KtoSettings()),
+    "reward_log_sig": REWARD,
+    "reward_log_exp": replace(
+        REWARD,
+        about=About(
+            "reward model, log-exp",
+            "log(1 + exp(s(worse) - s(better) + margin)): the same number as reward_log_sig",
+            "ColossalChat's name for it",
+            "For settings that ask for it by this name; it changes nothing.",
+        ),
+        losses={PreferenceBatch: partial(ranking_loss, pair_loss=log_exp)},
+    ),
+    "dpo": DPO,
+    "cdpo": replace(
+        DPO,
+        about=About(
+            "conservative DPO",
+            "(1 - label_smoothing) x DPO's loss + label_smoothing x that of the opposite choice",
+            "Mitchell 2023; Rafailov et al. 2023",
+            "DPO where some of the preferences are known to be noted the wrong way round.",
+        ),
+        settings=DpoSettings(label_smoothing=0.1),
+    ),
+    "ipo": replace(
+        DPO,
+        about=About(
+            "identity preference optimisation",
+            "(s(better) - s(worse) - 1 / (2 beta))^2, s = mean over the answer's tokens of log p / q",
+            "Azar et al. 2023, eq. 17, averaged per token",
+            "Where comparisons are few or unanimous and DPO runs away: the difference has a target, not a direction.",
+        ),
+        losses={PreferenceBatch: ipo_loss},
+        implicit_reward=mean_log_ratio_reward,
+        settings=IpoSettings(),
+    ),
+    "kto": replace(
+        DPO,
+        about=About(
+            "Kahneman-Tversky optimisation",
+            "weight x (1 - sigmoid(+-(s - beta KL))), s = beta log p / q; KL from unrelated answers, at least 0",
+            "Ethayarajh et al. 2024, eq. 8",
+            "Thumbs up and down on single answers, no pairs; weigh the rarer side more.",
+        ),
+        losses={RatingBatch: kto_loss},
+        settings=KtoSettings(),
+    ),
     "orpo": replace(
-        WITHOUT_REFERENCE, losses={PreferenceBatch: orpo_loss}, implicit_reward=log_odds_reward, settings=OrpoSettings()
+        WITHOUT_REFERENCE,
+        about=About(
+            "odds-ratio preference optimisation",
+            "-log p(better) per token + odds_coef x -log sigmoid(log odds(better) - log odds(worse))",
+            "Hong et al. 2024, eq. 6",
+            "From a base model in one stage: it imitates the better answers and needs no SFT before.",
+        ),
+        losses={PreferenceBatch: orpo_loss},
+        implicit_reward=log_odds_reward,
+        settings=OrpoSettings(),
     ),
     "simpo": replace(
         WITHOUT_REFERENCE,
+        about=About(
+            "simple preference optimisation",
+            "-log sigmoid(s(better) - s(worse) - margin), s = beta x mean log p of the answer's tokens",
+            "Meng et al. 2024, eq. 6",
+            "No reference to hold it: less memory, no bias to length, and nothing but the learning rate against drift.",
+        ),
         losses={PreferenceBatch: simpo_loss},
         implicit_reward=mean_logprob_reward,
         settings=SimpoSettings(),
     ),
     "ppo": PPO,
-    # Schulman et al. 2017, sec. 4: no clip, but a price on leaving the old policy, which adapts.
-    "ppo_penalty": replace(PPO, losses=_learns(unclipped)).with_settings({"old_kl_coef": 1.0}),
-    # Schulman et al. 2015: the step itself is bounded; the critic has weights and an optimizer of its own.
-    "trpo": replace(PPO, losses=_learns(unclipped)).with_settings({"max_kl": 0.01}),
+    "ppo_penalty": replace(
+        PPO,
+        about=About(
+            "PPO with a KL penalty",
+            "-r A + old_kl_coef x KL(old || new) + the critic's error; the coefficient adapts (section old_kl)",
+            "Schulman et al. 2017, sec. 4",
+            "In place of the clip; needs reuse of 2 or more, or minibatches, to have left the old policy at all.",
+        ),
+        losses=_learns(unclipped),
+    ).with_settings({"old_kl_coef": 1.0}),
+    # The critic has weights and an optimizer of its own: the step is the policy's.
+    "trpo": replace(
+        PPO,
+        about=About(
+            "trust-region policy optimisation",
+            "-r A, by conjugate gradients on the Fisher matrix and a line search within max_kl nats a token",
+            "Schulman et al. 2015, sec. 6 and app. C",
+            "A real bound on every step, on adapters or all weights; each costs about a dozen passes more.",
+        ),
+        losses=_learns(unclipped),
+    ).with_settings({"max_kl": 0.01}),
     "a2c": A2C,
-    # The critic's error over one token (Sutton and Barto 2018, sec. 13.5).
-    "actor_critic": A2C.with_settings({"lam": 0.0, "entropy_coef": 0.0}),
+    "actor_critic": replace(
+        A2C,
+        about=About(
+            "one-step actor-critic",
+            "-A log p + value_coef x the critic's error; A: the TD error over one token",
+            "Sutton and Barto 2018, sec. 13.5",
+            "To see what the critic alone does; with a reward at the end it learns backwards, token by token.",
+        ),
+    ).with_settings({"lam": 0.0, "entropy_coef": 0.0}),
     "reinforce": REINFORCE,
-    # Li et al. 2024: the likeliest answer's score is the baseline.
-    "remax": replace(REINFORCE, advantage=reward_to_go, greedy_baseline=True),
-    # Hu et al. 2025: PPO's clip, and whitening over the round in the critic's place; the KL is in the reward.
-    "reinforce_pp": replace(PPO, advantage=reward_to_go, roles=REINFORCE.roles),
-    # Ahmadian et al. 2024, eq. 8.
-    "rloo": replace(REINFORCE, advantage=of_answers(leave_one_out), fewest_answers=2),
-    # Shao et al. 2024, eq. 3: the KL is in the loss, by k3.
-    "grpo": replace(GROUP, losses=_learns(clipped, kl=k3)).with_settings({"kl_loss_coef": 0.04}),
-    # Liu et al. 2025: divided neither by the deviation nor by an answer's length.
-    "dr_grpo": replace(GROUP, advantage=of_answers(group_centered), weigh=constant_length),
-    # Yu et al. 2025: clip higher, tokens alike, groups without spread drawn again. Its soft penalty: `truncated`.
-    "dapo": replace(GROUP, weigh=token_mean).with_settings({"clip_high": 0.28, "redraws": 3}),
-    # Zheng et al. 2025, sec. 5.1: the ratio of a whole answer, hence the narrow clip.
-    "gspo": replace(GROUP, losses=_learns(sequence_clipped)).with_settings({"clip_low": 3e-4, "clip_high": 4e-4}),
-    # MiniMax 2025: no lower bound on the weight, and a wide upper one.
-    "cispo": replace(GROUP, losses=_learns(weighted_likelihood), weigh=token_mean).with_settings(
-        {"clip_low": 1.0, "clip_high": 4.0}
+    "remax": replace(
+        REINFORCE,
+        about=About(
+            "ReMax",
+            "-A log p; A: reward-to-go, less the score of the likeliest answer to the prompt",
+            "Li et al. 2024, eq. 5",
+            "One answer a prompt with a baseline for that prompt; costs one greedy answer more each.",
+        ),
+        advantage=reward_to_go,
+        greedy_baseline=True,
     ),
+    "reinforce_pp": replace(
+        PPO,
+        about=About(
+            "REINFORCE++",
+            "PPO's clipped loss; A: reward-to-go with the KL in it, whitened over the round",
+            "Hu et al. 2025",
+            "PPO without a critic: whitening is the baseline, so rounds should be large.",
+        ),
+        advantage=reward_to_go,
+        roles=REINFORCE.roles,
+    ),
+    "rloo": replace(
+        REINFORCE,
+        about=About(
+            "REINFORCE, leave one out",
+            "-A log p; A: score less the mean of the other answers to the prompt",
+            "Ahmadian et al. 2024, eq. 8",
+            "No critic and no bias: a sound first choice where two or more answers a prompt can be sampled.",
+        ),
+        advantage=of_answers(leave_one_out),
+        fewest_answers=2,
+    ),
+    "grpo": replace(
+        GROUP,
+        about=About(
+            "group-relative policy optimisation",
+            "PPO's loss + kl_loss_coef x k3(p, q), mean by answer; A: score less the group's mean, over its deviation",
+            "Shao et al. 2024, eq. 3",
+            "Verifiable rewards. Easy and hard prompts pull more than others, short answers more than long ones.",
+        ),
+        losses=_learns(clipped, kl=k3),
+    ).with_settings({"kl_loss_coef": 0.04}),
+    "dr_grpo": replace(
+        GROUP,
+        about=About(
+            "GRPO done right",
+            "PPO's clipped loss, summed over tokens by a constant length; A: score less the group's mean",
+            "Liu et al. 2025",
+            "GRPO without its two biases: nothing is divided by the deviation or by an answer's own length.",
+        ),
+        advantage=of_answers(group_centered),
+        weigh=constant_length,
+    ),
+    "dapo": replace(
+        GROUP,
+        about=About(
+            "decoupled clip and dynamic sampling",
+            "PPO's loss with clip_high > clip_low, mean over tokens; groups that score alike are drawn again (redraws)",
+            "Yu et al. 2025, eq. 8 to 13",
+            "Long answers with verifiable rewards. Its soft price on length is truncated=soft.",
+        ),
+        weigh=token_mean,
+    ).with_settings({"clip_high": 0.28, "redraws": 3}),
+    # A whole answer's ratio moves far less than a token's: hence the narrow clip.
+    "gspo": replace(
+        GROUP,
+        about=About(
+            "group sequence policy optimisation",
+            "-min(r A, clip(r) A) with r = (p / p_old of the whole answer)^(1 / its length); A as in grpo",
+            "Zheng et al. 2025, eq. 5 and sec. 5.1",
+            "Where ratios of single tokens are noisy: mixtures of experts, long answers, another engine's samples.",
+        ),
+        losses=_learns(sequence_clipped),
+    ).with_settings({"clip_low": 3e-4, "clip_high": 4e-4}),
+    "cispo": replace(
+        GROUP,
+        about=About(
+            "clipped importance weights",
+            "-min(r, 1 + clip_high) A log p with r held constant, mean over tokens; A as in grpo",
+            "MiniMax 2025, eq. 4",
+            "Several updates a round without silencing rare, decisive tokens: each keeps a gradient.",
+        ),
+        losses=_learns(weighted_likelihood),
+        weigh=token_mean,
+    ).with_settings({"clip_low": 1.0, "clip_high": 4.0}),
 }
 
 
