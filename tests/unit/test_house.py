@@ -129,3 +129,11 @@ def test_the_glossary_names_what_the_code_has() -> None:
     names = re.findall(r"`([^`]+)`(?=[^|\n]*\|\n)", page)
     assert len(names) > 20
     assert [name for name in names if not re.search(rf"(?<!\w){re.escape(name)}(?!\w)", code)] == []
+
+
+def test_the_page_of_numerics_names_tests_that_are_there() -> None:
+    page = (ROOT / "docs/numerics.md").read_text(encoding="utf-8")
+    code = "\n".join(file.read_text(encoding="utf-8") for file in (ROOT / "tests").rglob("test_*.py"))
+    names = set(re.findall(r"`(test_\w+)`", page))
+    assert len(names) > 20
+    assert names - set(re.findall(r"def (test_\w+)", code)) == set()
