@@ -598,6 +598,7 @@ class Seen:
 def watched(module: Any, tokenizer: Any, seed: int) -> Seen:
     """A round of the real trainer: sixteen answers, two epochs of two micro-batches, a step large enough for clips."""
     from datasets import Dataset
+    from transformers import set_seed
 
     generator = torch.Generator().manual_seed(seed)
     data = Dataset.from_list([{"input_ids": ids(generator, 2, 6)} for _ in range(2 * MICRO)])
@@ -623,6 +624,7 @@ def watched(module: Any, tokenizer: Any, seed: int) -> Seen:
     # The rewards are whitened only so that they are seen.
     choices = {"seed": seed, "learning_rate": 0.01, "stop_token": "eos", "whiten_rewards": True}
     trainer = made(module.PPOTrainer, module.PPOConfig, given, **sizes, **choices, **PPO)
+    set_seed(seed)
     seen = Seen()
 
     def watch(owner: Any, name: str, note: Callable[[tuple[Any, ...], Any], object]) -> None:
