@@ -236,7 +236,7 @@ class DpoConfig(StageConfig):
 
     kind: Literal["dpo"] = "dpo"
     algorithm: str = "dpo"
-    """A row of the catalog (dressage/algorithms/catalog.py): dpo, cdpo, ipo, kto, orpo, simpo."""
+    """A row of the catalog that learns from preferences: `dressage algorithms` lists them."""
     settings: Mapping[str, float | bool] = {}
     """What differs from the row's own settings: beta, label_smoothing, margin ..."""
     data: DataConfig

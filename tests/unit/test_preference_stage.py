@@ -13,7 +13,7 @@ import torch
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dressage.algorithms.catalog import algorithm
+from dressage.algorithms.catalog import ALGORITHMS, algorithm
 from dressage.batches import PreferenceBatch, RatingBatch
 from dressage.config import LoraConfig, OptimizerConfig
 from dressage.data.collate import collate_rankings, collate_ratings
@@ -28,7 +28,11 @@ from dressage.training.update import Learner
 
 Command = Callable[..., Any]
 Write = Callable[..., Path]
-PAIRED = ["dpo", "cdpo", "ipo", "orpo", "simpo"]
+PAIRED = [
+    name
+    for name, row in ALGORITHMS.items()
+    if row.implicit_reward is not None and PreferenceBatch in row.losses and "reward" not in row.roles
+]
 ALL = [*PAIRED, "kto"]
 POLICY = "policy/adapter_model.safetensors"
 
