@@ -108,6 +108,15 @@ def test_cdpo_by_hand() -> None:
     assert gradient(row, [-5.0, -9.0], batch) == pytest.approx([-slope, slope])
 
 
+def test_robust_dpo_sees_through_the_noise() -> None:
+    """Over labels of which a share is turned round, its loss is on average DPO's on the right ones."""
+    row, batch = algorithm("rdpo").with_settings({"beta": 0.5, "label_smoothing": 0.2}), pairs([3, 7], [-6.0, -7.0])
+    turned = pairs([7, 3], [-7.0, -6.0])
+    right, wrong = tensor([-5.0, -9.0]), tensor([-9.0, -5.0])
+    expected = 0.8 * loss_of(row, right, batch) + 0.2 * loss_of(row, wrong, turned)
+    assert expected.item() == pytest.approx(log(1 + exp(-1.5)))
+
+
 def test_ipo_by_hand() -> None:
     """A token's mean: (1 / 2) - (-2 / 4) = 1 of the wanted 1 / (2 x 0.25) = 2."""
     row = algorithm("ipo").with_settings({"beta": 0.25})

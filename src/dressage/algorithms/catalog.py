@@ -48,6 +48,7 @@ from dressage.algorithms.preference import (
     mean_log_ratio_reward,
     mean_logprob_reward,
     orpo_loss,
+    robust_dpo_loss,
     simpo_loss,
 )
 from dressage.algorithms.reward_modeling import RankingSettings, log_exp, log_sig, ranking_loss
@@ -224,6 +225,17 @@ ALGORITHMS: Mapping[str, Algorithm] = {
             "Mitchell 2023; Rafailov et al. 2023",
             "DPO where some of the preferences are known to be noted the wrong way round.",
         ),
+        settings=DpoSettings(label_smoothing=0.1),
+    ),
+    "rdpo": replace(
+        DPO,
+        about=About(
+            "robust DPO",
+            "((1 - e) x DPO's loss - e x that of the opposite choice) / (1 - 2 e), e = label_smoothing",
+            "Chowdhury et al. 2024",
+            "Where the share of wrong labels is known: unlike cdpo it aims at what clean labels would have taught.",
+        ),
+        losses={PreferenceBatch: robust_dpo_loss},
         settings=DpoSettings(label_smoothing=0.1),
     ),
     "ipo": replace(

@@ -138,6 +138,17 @@ def dpo_loss(rewards: PerSequence, batch: PreferenceBatch, settings: DpoSettings
     return {"pair": (1 - noise) * log_sig(chosen, rejected) + noise * log_sig(rejected, chosen)}
 
 
+def robust_dpo_loss(rewards: PerSequence, batch: PreferenceBatch, settings: DpoSettings) -> dict[str, PerPair]:
+    """Terms of the loss of every pair: "pair", DPO's freed of the noise in the labels (Chowdhury et al. 2024).
+
+    If a share `label_smoothing` of the labels is the wrong way round, its expectation is DPO's loss on the right ones.
+    """
+    chosen, rejected = _pairs(rewards, batch)
+    noise = settings.label_smoothing
+    clean = (1 - noise) * log_sig(chosen, rejected) - noise * log_sig(rejected, chosen)
+    return {"pair": clean / (1 - 2 * noise)}
+
+
 def ipo_loss(rewards: PerSequence, batch: PreferenceBatch, settings: IpoSettings) -> dict[str, PerPair]:
     """Terms of the loss of every pair: "pair", (difference - 1 / (2 beta)) squared (Azar et al. 2023, eq. 17)."""
     chosen, rejected = _pairs(rewards, batch)
