@@ -190,6 +190,21 @@ class PtxConfig(Settings):
     batch_size: Positive = 8
 
 
+class HealthConfig(Settings):
+    """What is done when a number says that something is wrong."""
+
+    on_alarm: Literal["stop", "rollback", "warn"] = "stop"
+    """stop: training ends, and the last checkpoint is there to go on from. rollback: it ends with the best checkpoint
+    that is kept, as its product. warn: it goes on, and says so."""
+    patience_steps: Positive = 5
+    """So many logged steps running a reading must be as bad; one that is no number is enough by itself."""
+    best_by: str = "gold/mean"
+    """rollback: of which metric the highest is the best; where it is not logged, the newest checkpoint before the
+    alarm's first reading."""
+    bounds: Mapping[str, tuple[float, float]] = {}
+    """By metric, where to warn and where to stop, in place of the built-in: {kl/update_approx: [0.02, 0.1]}."""
+
+
 class StageConfig(Settings):
     """What every stage has."""
 
@@ -203,6 +218,7 @@ class SftConfig(StageConfig):
     """Supervised fine-tuning on demonstrations."""
 
     kind: Literal["sft"] = "sft"
+    health: HealthConfig = HealthConfig()
     data: DataConfig
     lora: LoraConfig | None = LoraConfig()
     """None: all weights learn."""
@@ -214,6 +230,7 @@ class RewardConfig(StageConfig):
     """A reward model from rankings."""
 
     kind: Literal["reward"] = "reward"
+    health: HealthConfig = HealthConfig()
     data: DataConfig
     loss: Literal["log_sig", "log_exp"] = "log_sig"
     normalise_on: str | None = None
@@ -235,6 +252,7 @@ class DpoConfig(StageConfig):
     """Straight from people's judgements to a policy, without a reward model: DPO and its relatives."""
 
     kind: Literal["dpo"] = "dpo"
+    health: HealthConfig = HealthConfig()
     algorithm: str = "dpo"
     """A row of the catalog that learns from preferences: `dressage algorithms` lists them."""
     settings: Mapping[str, float | bool] = {}
@@ -256,6 +274,7 @@ class PpoConfig(StageConfig):
     """Reinforcement learning against a reward model, by PPO or another row of the catalog."""
 
     kind: Literal["ppo"] = "ppo"
+    health: HealthConfig = HealthConfig()
     algorithm: str = "ppo"
     """A row of the catalog (dressage/algorithms/catalog.py)."""
     settings: Mapping[str, bool | int | float | None] = {}

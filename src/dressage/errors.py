@@ -1,4 +1,4 @@
-"""Errors a user can cause: each says what is wrong, where, and what to do, in a line or two. The CLI exits with 2."""
+"""Errors a user can cause: each says what is wrong, where, and what to do, in a line or two, and sets the exit code."""
 
 
 class DressageError(Exception):
@@ -21,6 +21,12 @@ class ModelError(DressageError):
 
 class CheckpointError(DressageError):
     """A checkpoint is damaged, incomplete, or belongs to another run."""
+
+
+class HealthError(DressageError):
+    """A run was stopped because its numbers say that it does harm."""
+
+    exit_code = 3
 
 
 class EngineError(DressageError):

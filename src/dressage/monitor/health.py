@@ -46,6 +46,12 @@ class History:
         value = self._setting(path)
         return float(value) if isinstance(value, int | float) else default
 
+    def bounds(self, metric: str) -> tuple[float, float]:
+        """Where to warn and where to stop: the run's own, or the table's."""
+        own = self._setting("health.bounds")
+        warn, stop = own[metric] if isinstance(own, Mapping) and metric in own else BOUNDS[metric]
+        return float(warn), float(stop)
+
     def text(self, path: str) -> str:
         """A word among the settings; empty if it is not set."""
         value = self._setting(path)
@@ -65,6 +71,29 @@ class Check:
     metric: str
     judge: Callable[[History, list[float]], Finding | None]
     setting: str
+
+
+BOUNDS: Mapping[str, tuple[float, float]] = {
+    "gradient/norm": (10, math.inf),  # times its median
+    "loss/heldout": (1.05, math.inf),  # times its lowest
+    "accuracy/heldout": (0.6, 0.5),  # a reward model's; below
+    "ratio/first_max_error": (1e-4, 1e-2),
+    "engine/max_logprob_difference": (1e-3, 1e-1),
+    "reward/score_std": (1e-3, 0.0),  # below
+    "reward/clipped_share": (0.1, 0.5),
+    "reward/length_correlation": (0.5, math.inf),  # either way; length may be what people want
+    "kl/reference_per_answer": (2, 4),  # times the target
+    "kl/update_approx": (0.02, 0.1),
+    "clip/share": (0.3, 0.6),
+    "entropy/per_token": (0.5, 0.1),  # below: a share of the first, nats
+    "value/explained_variance": (0.0, -math.inf),  # below
+    "groups/alike_share": (0.9, 0.999),
+    "length/mean_tokens": (2, math.inf),  # times the first, or a part of it
+    "finished/share": (0.2, 1.0),  # fall from the first
+    "distinct/share": (0.5, 0.05),  # below: a share of the first, itself
+    "loss/ptx": (0.05, 0.2),  # rise over the first, as a share of it
+}
+"""By metric, beyond which value to warn and to stop; settings.health.bounds overrules it."""
 
 
 def verdicts(stage: str, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any] | None = None) -> list[Verdict]:
@@ -120,7 +149,10 @@ def _limits(value: float, warn: float, stop: float) -> Level:
 
 def _gradient(history: History, values: list[float]) -> Finding:
     usual, worst = statistics.median(values), max(values)
-    if worst > 10 * usual > 0:
+    warn, stop = history.bounds("gradient/norm")
+    if worst > stop * usual > 0:
+        return "stop", worst, f"one step pulled {worst / usual:.0f} times as hard as usual ({usual:.3g})"
+    if worst > warn * usual > 0:
         return "warn", worst, f"one step pulled {worst / usual:.0f} times as hard as usual ({usual:.3g})"
     return "ok", worst, f"steady: the largest is {worst / usual:.1f} times the usual" if usual else "nothing pulls"
 
@@ -136,7 +168,7 @@ def _heldout_loss(history: History, values: list[float]) -> Finding | None:
         return None
     if values[-1] >= values[0]:
         return "warn", values[-1], f"did not fall (it was {values[0]:.3f}): nothing was learnt that carries over"
-    if values[-1] > 1.05 * min(values):
+    if values[-1] > history.bounds("loss/heldout")[0] * min(values):
         return "warn", values[-1], f"has risen again from its best, {min(values):.3f}: examples are learnt by heart"
     return "ok", values[-1], f"fell from {values[0]:.3f}"
 
@@ -148,9 +180,10 @@ def _reward_loss(history: History, values: list[float]) -> Finding:
 
 
 def _reward_accuracy(history: History, values: list[float]) -> Finding:
-    if values[-1] <= 0.5:
+    warn, stop = history.bounds("accuracy/heldout")
+    if values[-1] <= stop:
         return "stop", values[-1], "orders new pairs no better than a coin toss: there is nothing to optimise"
-    if values[-1] <= 0.6:
+    if values[-1] <= warn:
         return "warn", values[-1], "hardly better than a coin toss; a policy will soon find its errors"
     return "ok", values[-1], "orders pairs it has never seen well enough to learn from"
 
@@ -173,7 +206,7 @@ def _first_ratio(history: History, values: list[float]) -> Finding | None:
     if history.text("model.dtype") == "bfloat16":
         return None  # Rounding alone moves it by some 0.05 there.
     worst = max(values)
-    level = _limits(worst, 1e-4, 1e-2)
+    level = _limits(worst, *history.bounds("ratio/first_max_error"))
     equal = "new and old probabilities agree before the first update, as they must"
     return level, worst, equal if level == "ok" else "the policy that learns is not quite the one that sampled"
 
@@ -182,7 +215,7 @@ def _engine(history: History, values: list[float]) -> Finding | None:
     if history.text("model.dtype") == "bfloat16":
         return None
     worst = max(values)
-    level = _limits(worst, 1e-3, 1e-1)
+    level = _limits(worst, *history.bounds("engine/max_logprob_difference"))
     return level, worst, "the sampler and the trainer agree" if level == "ok" else "the sampler sees another policy"
 
 
@@ -203,9 +236,37 @@ def _score(history: History, values: list[float]) -> Finding:
 
 def _score_spread(history: History, values: list[float]) -> Finding:
     recent = _recent(values)
-    if recent < 1e-3:
+    if recent < history.bounds("reward/score_std")[0]:
         return "warn", recent, "all answers score the same, so there is nothing to learn from"
     return "ok", recent, "answers differ in score, so there is something to learn from"
+
+
+def _score_clipped(history: History, values: list[float]) -> Finding:
+    recent = _recent(values)
+    level = _limits(recent, *history.bounds("reward/clipped_share"))
+    if level == "ok":
+        return level, recent, "scores lie within their clip"
+    return level, recent, "better and worse answers get the same clipped score: it was normalised on other answers"
+
+
+def _score_length(history: History, values: list[float]) -> Finding:
+    recent = _recent(values)
+    level = _limits(abs(recent), *history.bounds("reward/length_correlation"))
+    if level == "ok":
+        return level, recent, "the score is not a matter of length"
+    return (
+        level,
+        recent,
+        f"the score follows length: {'longer' if recent > 0 else 'shorter'} is better",
+    )
+
+
+def _groups(history: History, values: list[float]) -> Finding:
+    recent = _recent(values)
+    level = _limits(recent, *history.bounds("groups/alike_share"))
+    if level == "ok":
+        return level, recent, "answers to one prompt differ in score"
+    return level, recent, "the answers to most prompts all score the same, and teach nothing"
 
 
 def _kl_reference(history: History, values: list[float]) -> Finding:
@@ -214,7 +275,7 @@ def _kl_reference(history: History, values: list[float]) -> Finding:
     recent = _recent(values)
     if len(values) >= 3 and all(value < -0.05 for value in values[-3:]):
         return "stop", recent, "negative three times running, which no distance can be: samples and scores differ"
-    level = _limits(recent, 2 * target, 4 * target)
+    level = _limits(recent / target, *history.bounds("kl/reference_per_answer"))
     if level == "ok":
         return level, recent, f"the policy has stayed near the model it started from (up to {target:g} is near)"
     return level, recent, f"the policy has gone {recent / target:.1f} times as far as is wise ({target:g})"
@@ -222,7 +283,7 @@ def _kl_reference(history: History, values: list[float]) -> Finding:
 
 def _kl_update(history: History, values: list[float]) -> Finding:
     recent = _recent(values)
-    level = _limits(recent, 0.02, 0.1)
+    level = _limits(recent, *history.bounds("kl/update_approx"))
     if level != "ok":
         return level, recent, "each step moves the policy too far for what it has sampled"
     return level, recent, "steps are small; learning could be faster" if recent < 4e-5 else "steps of a sound size"
@@ -230,15 +291,16 @@ def _kl_update(history: History, values: list[float]) -> Finding:
 
 def _clipped(history: History, values: list[float]) -> Finding:
     recent = _recent(values)
-    level = _limits(recent, 0.3, 0.6)
+    level = _limits(recent, *history.bounds("clip/share"))
     return level, recent, "few tokens reach the clip" if level == "ok" else "much of what is learnt is thrown away"
 
 
 def _entropy(history: History, values: list[float]) -> Finding:
     first, recent = _early(values), _recent(values)
-    if recent < 0.1:
+    warn, stop = history.bounds("entropy/per_token")
+    if recent < stop:
         return "stop", recent, "the policy hardly chooses any more: it says the same thing every time"
-    if recent < first / 2:
+    if recent < first * warn:
         return "warn", recent, f"fell by more than half (it was {first:.2f}): answers become alike"
     return "ok", recent, f"still undecided enough to explore (it was {first:.2f})"
 
@@ -248,7 +310,7 @@ def _critic(history: History, values: list[float]) -> Finding | None:
     if not learnt:
         return None
     recent = _recent(learnt)
-    if recent < 0:
+    if recent < history.bounds("value/explained_variance")[0]:
         return "warn", recent, "the critic forecasts worse than a constant would, which adds noise to every step"
     return "ok", recent, "the critic foresees most of it" if recent >= 0.5 else "the critic foresees part of it"
 
@@ -260,7 +322,7 @@ def _length(history: History, values: list[float]) -> Finding:
         return "stop", recent, f"every answer meets the limit of {limit:.0f} tokens"
     if recent <= 1:
         return "stop", recent, "answers are empty"
-    if not 0.5 <= recent / first <= 2:
+    if max(recent / first, first / recent) > history.bounds("length/mean_tokens")[0]:
         return "warn", recent, f"from {first:.0f} tokens to {recent:.0f}: the score may reward length itself"
     return "ok", recent, f"between half and twice what it was ({first:.0f})"
 
@@ -269,23 +331,24 @@ def _finished(history: History, values: list[float]) -> Finding:
     first, recent = values[0], _recent(values)
     if recent == 0:
         return "stop", recent, "no answer comes to an end"
-    if recent < first - 0.2:
+    if recent < first - history.bounds("finished/share")[0]:
         return "warn", recent, f"fewer answers come to an end than at first ({100 * first:.0f} %)"
     return "ok", recent, f"answers come to an end as at first ({100 * first:.0f} %)"
 
 
 def _distinct(history: History, values: list[float]) -> Finding:
     first, recent = values[0], _recent(values)
-    if recent < 0.05:
+    warn, stop = history.bounds("distinct/share")
+    if recent < stop:
         return "stop", recent, "one answer for all prompts"
-    if recent < first / 2:
+    if recent < first * warn:
         return "warn", recent, f"answers repeat one another twice as much as at first ({100 * first:.0f} %)"
     return "ok", recent, f"about as varied as at first ({100 * first:.0f} %)"
 
 
 def _rehearsal(history: History, values: list[float]) -> Finding:
     recent, drift = _recent(values), _recent(values) / _early(values) - 1
-    level = _limits(drift, 0.05, 0.2)
+    level = _limits(drift, *history.bounds("loss/ptx"))
     if level == "ok":
         return level, recent, f"what was learnt from demonstrations is kept ({100 * drift:+.0f} %)"
     return level, recent, f"demonstrations are being forgotten ({100 * drift:+.0f} %)"
@@ -315,6 +378,11 @@ CHECKS: Mapping[str, tuple[Check, ...]] = {
     "ppo": (
         Check("reward/score_mean", _score, "stop earlier, raise kl.coef, or train the reward model on newer answers"),
         Check("reward/score_std", _score_spread, "raise rollout.temperature; see the reward model's held-out accuracy"),
+        Check("reward/clipped_share", _score_clipped, "normalise_on in the reward stage: the SFT model's own answers"),
+        Check(
+            "reward/length_correlation", _score_length, "rank answers of all lengths, if length is not what people want"
+        ),
+        Check("groups/alike_share", _groups, "raise rollout.temperature, or choose prompts of middling difficulty"),
         Check("kl/reference_per_answer", _kl_reference, "raise kl.coef, or lower optimizer.learning_rate"),
         Check("kl/update_approx", _kl_update, "optimizer.learning_rate and reuse: lower them if it is too large"),
         Check("clip/share", _clipped, "lower optimizer.learning_rate or reuse"),

@@ -118,6 +118,20 @@ _TABLE = (
         "above 0.001",
     ),
     Metric(
+        "reward/clipped_share",
+        "share",
+        "Answers whose score met the clip: among them better and worse look alike.",
+        "near 0 %",
+        decimals=1,
+    ),
+    Metric(
+        "reward/length_correlation",
+        "",
+        "How far the score follows an answer's length: 1 longer is always better, -1 shorter is, 0 neither.",
+        "between -0.5 and 0.5, unless length is what people want",
+        decimals=2,
+    ),
+    Metric(
         "reward/total_mean",
         "",
         "The score less the price of moving away from the starting model (KL) and of being cut off: what is maximised.",

@@ -140,6 +140,11 @@ class Monitor:
             )
             self._console.print(Text.assemble(*lines))
 
+    def warn(self, text: str) -> None:
+        """An alarm, above the progress."""
+        if self._console is not None:
+            self._console.print(Text(f"  ! {text}", "yellow"), soft_wrap=True)
+
     def _is_due(self, step: int) -> bool:
         return step >= self.total_steps or step - self._printed >= self.total_steps / _LINES
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
-from dressage.config import Settings
+from dressage.config import HealthConfig, Settings
+from dressage.monitor.watch import require_known
 from dressage.stages.answering import rank, sample
 from dressage.stages.comparing import evaluate
 from dressage.stages.learning import dpo, ppo, reward, sft
@@ -27,6 +28,8 @@ WORK: Mapping[str, Callable[[Any, Path, Console | None], None]] = {
 
 def work(config: Settings, folder: Path, console: Console | None) -> None:
     """Does what the settings' kind says, and leaves the memory it took."""
+    if isinstance(health := getattr(config, "health", None), HealthConfig):
+        require_known(health.bounds)
     try:
         WORK[config.kind](config, folder, console)  # type: ignore[attr-defined]
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from dressage.config import DpoConfig, PpoConfig, RewardConfig, SftConfig
 from dressage.data.collate import collate_demonstrations, collate_rankings, collate_ratings
 from dressage.models.files import Normalisation, load_backbone, save_role
 from dressage.models.roles import Role, ScalarHead
+from dressage.monitor.watch import Watch
 from dressage.pipeline import settings_hash, write_json
 from dressage.rewards.learned import score_rows
 from dressage.stages.answers import gold_of, note, read_answers
@@ -190,4 +192,5 @@ def _train(
         settings_hash=settings_hash(config),
         open_monitor=assemble.open_monitor(folder, config.kind, steps, console),
         evaluate=evaluate,
+        watch=partial(Watch, config.kind, config.model_dump()),
     )

@@ -320,6 +320,8 @@ def _measures(report: ExperienceReport) -> dict[str, float]:
         "reward/score_mean": report.score_mean,
         "reward/score_std": report.score_std,
         "reward/total_mean": report.total_mean,
+        "reward/clipped_share": report.score_clipped_share,
+        "reward/length_correlation": report.length_correlation,
         "kl/reference_per_answer": report.kl_per_answer,
         "finished/share": report.finished_share,
         "length/mean_tokens": report.mean_tokens,

@@ -35,7 +35,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
 
     CheckpointError if it could not be written; the ones before it stay.
     """
-    target = folder / "checkpoints" / f"step-{checkpoint.step:06d}"
+    target = folder / "checkpoints" / _name(checkpoint.step)
     with new_folder(target) as partial:
         save_tensors(checkpoint.weights, partial / "weights.safetensors")
         save_tensors(checkpoint.moments, partial / "moments.safetensors")
@@ -46,12 +46,12 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     return target
 
 
-def load_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest whole checkpoint under `folder`; None if there is none at all.
+def load_checkpoint(folder: Path, step: int | None = None) -> Checkpoint | None:
+    """The newest whole checkpoint under `folder`, or that of a step; None if there is none at all.
 
     Damaged ones are named in a warning and passed over; CheckpointError if every one is damaged.
     """
-    numbered = _numbered(folder)
+    numbered = [path for path in _numbered(folder) if step is None or path.name == _name(step)]
     for path in reversed(numbered):
         fault = _fault(path)
         if fault is None:
@@ -64,8 +64,17 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
     return None
 
 
+def checkpoint_steps(folder: Path) -> list[int]:
+    """Steps of the whole checkpoints under `folder`, in order."""
+    return [int(path.name.removeprefix("step-")) for path in _numbered(folder) if _fault(path) is None]
+
+
 def _numbered(folder: Path) -> list[Path]:
     return sorted((folder / "checkpoints").glob("step-[0-9]*"))
+
+
+def _name(step: int) -> str:
+    return f"step-{step:06d}"
 
 
 def _fault(path: Path) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,10 +12,11 @@ from typing import Any, Protocol
 import torch
 
 from dressage.config import TrainingConfig
-from dressage.errors import CheckpointError
+from dressage.errors import CheckpointError, HealthError
 from dressage.monitor.metrics import METRICS
-from dressage.monitor.writers import Monitor
-from dressage.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from dressage.monitor.watch import Watch, told
+from dressage.monitor.writers import Monitor, read_metrics
+from dressage.training.checkpoint import Checkpoint, checkpoint_steps, load_checkpoint, save_checkpoint
 from dressage.training.update import STOPPED, WORST, AnyBatch, Learner, Sums
 
 LAST_KL = "kl/update_last"
@@ -74,18 +76,21 @@ def train(
     settings_hash: str,
     open_monitor: Callable[[int, float], Monitor],
     evaluate: Callable[[], Mapping[str, float]] | None = None,
+    watch: Callable[[Sequence[Mapping[str, Any]]], Watch] | None = None,
 ) -> None:
     """Runs, or goes on with, a training run in `folder` up to `total_steps`.
 
     `open_monitor(start_step, seconds_before)` opens the run's log. An interrupted run continues from its newest
     checkpoint and gives the same weights and metrics as one that never stopped: all draws come from (seed, step).
-    CheckpointError if the checkpoints in `folder` belong to other settings.
+    `watch` makes the judge of its numbers, from those of the attempts before. CheckpointError if the checkpoints in
+    `folder` belong to other settings; HealthError if the run's numbers say that it should end.
     """
     start, before = _resume(source, learner, folder, settings_hash)
     began = time.perf_counter()
     with open_monitor(start, before) as monitor:
         if evaluate is not None and start == 0:
             monitor.log(0, evaluate())
+        judge = None if watch is None else watch(read_metrics(folder))
         for step in range(start, total_steps):
             torch.manual_seed(_mix(seed, step))
             begun = time.perf_counter()
@@ -105,9 +110,8 @@ def train(
                 done == total_steps or (config.evaluate_every and done % config.evaluate_every == 0)
             ):
                 measured |= evaluate()
-            monitor.log(
-                done, {NAMES.get(name, name): v for name, v in measured.items() if NAMES.get(name, name) in METRICS}
-            )
+            logged = {NAMES.get(name, name): v for name, v in measured.items() if NAMES.get(name, name) in METRICS}
+            monitor.log(done, logged)
             for sample in round_.samples:
                 monitor.sample(done, sample.prompt, sample.answer, sample.reward, sample.finish)
             if done == total_steps or (config.checkpoint_every and done % config.checkpoint_every == 0):
@@ -120,6 +124,31 @@ def train(
                 }
                 checkpoint = Checkpoint(done, learner.optimizer.weights(), learner.optimizer.moments(), state)
                 save_checkpoint(folder, checkpoint, config.keep_checkpoints)
+            if judge is not None and _alarmed(judge, done, logged, monitor, learner, folder):
+                break
+
+
+def _alarmed(
+    judge: Watch, step: int, logged: Mapping[str, float], monitor: Monitor, learner: Learner, folder: Path
+) -> bool:
+    """Says what is wrong. True if training is to end with an earlier checkpoint's weights, which then are in place."""
+    row = {name: value if math.isfinite(value) else None for name, value in logged.items()}
+    worse, fatal = judge.see({"step": step, **row})
+    for verdict in worse:
+        monitor.warn(told(judge.stage, verdict))
+    if fatal is None:
+        return False
+    steps = checkpoint_steps(folder)
+    back = judge.best(steps) if judge.action == "rollback" else None
+    checkpoint = None if back is None else load_checkpoint(folder, back)
+    if checkpoint is None:
+        left = f"the checkpoint of step {steps[-1]} is whole" if steps else "there is no checkpoint yet"
+        raise HealthError(
+            f"{told(judge.stage, fatal)}\nstopped after step {step}; {left}; health.on_alarm=warn goes on regardless"
+        )
+    learner.optimizer.restore(checkpoint.weights, checkpoint.moments)
+    monitor.warn(f"{told(judge.stage, fatal)}; rolled back to step {back}")
+    return True
 
 
 def _learn(learner: Learner, updates: Sequence[Sequence[AnyBatch]]) -> dict[str, float]:
