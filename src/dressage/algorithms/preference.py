@@ -37,6 +37,25 @@ class DpoSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OnlineDpoSettings:
+    """What is chosen about DPO on the policy's own answers, ranked by a reward model."""
+
+    beta: float = 0.1
+    """Price of a nat away from the reference: more keeps closer."""
+    label_smoothing: float = 0.0
+    """How likely the reward model is wrong about a pair."""
+    label_noise: float = 0.0
+    """i beats j with probability sigmoid((score_i - score_j) / label_noise); 0: the higher score always wins."""
+    all_pairs: bool = False
+    """Learn every two answers to a prompt; else the best against the worst."""
+
+    def __post_init__(self) -> None:
+        DpoSettings(beta=self.beta, label_smoothing=self.label_smoothing)
+        if not self.label_noise >= 0:
+            raise ConfigError(f"settings.label_noise={self.label_noise} must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
 class IpoSettings:
     """What is chosen about IPO."""
 
@@ -102,7 +121,9 @@ def log_ratio(answer_logprobs: PerSequence, batch: Judged) -> PerSequence:
     return answer_logprobs - batch.ref_answer_logprobs
 
 
-def log_ratio_reward(answer_logprobs: PerSequence, batch: Judged, settings: DpoSettings | KtoSettings) -> PerSequence:
+def log_ratio_reward(
+    answer_logprobs: PerSequence, batch: Judged, settings: DpoSettings | OnlineDpoSettings | KtoSettings
+) -> PerSequence:
     """beta log(policy / reference): the reward the policy is optimal for (Rafailov et al. 2023, eq. 5, less log Z)."""
     return settings.beta * log_ratio(answer_logprobs, batch)
 
@@ -128,7 +149,9 @@ def log_odds_reward(answer_logprobs: PerSequence, batch: Judged, settings: OrpoS
 # --- losses -----------------------------------------------------------------------------------------------------------
 
 
-def dpo_loss(rewards: PerSequence, batch: PreferenceBatch, settings: DpoSettings) -> dict[str, PerPair]:
+def dpo_loss(
+    rewards: PerSequence, batch: PreferenceBatch, settings: DpoSettings | OnlineDpoSettings
+) -> dict[str, PerPair]:
     """Terms of the loss of every pair: "pair", -log sigmoid of the difference (Rafailov et al. 2023, eq. 7).
 
     With label smoothing the pair counts the other way round with that weight (cDPO; Mitchell 2023).
