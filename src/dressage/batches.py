@@ -15,7 +15,7 @@ PerToken = Tensor
 PerSequence = Tensor
 Scalar = Tensor
 
-Batch = TypeVar("Batch", "SupervisedBatch", "PreferenceBatch", "RatingBatch", "Experience")
+Batch = TypeVar("Batch", bound="SupervisedBatch | PreferenceBatch | RatingBatch | Experience")
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class TokenScores:
 
 def _each(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
     changed = {name: change(value) for name, value in vars(batch).items() if value is not None}
-    return replace(batch, **changed)
+    return replace(batch, **changed)  # type: ignore[arg-type]
 
 
 def select(batch: Batch, rows: Tensor) -> Batch:

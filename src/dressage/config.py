@@ -293,7 +293,7 @@ class PpoConfig(StageConfig):
     reuse: Positive = 1
     """Passes over each round's samples."""
     minibatch_size: Positive | None = None
-    """Answers in one optimizer step; none: all of the round."""
+    """Answers in one optimizer step, of those that are learnt from; none: all of the round."""
     score_clip: Above0 | None = 5.0
     """Normalised scores are kept within plus and minus this."""
     truncated: Literal["keep", "penalty", "soft", "mask"] = "penalty"

@@ -20,6 +20,7 @@ def test_rows_say_what_they_learn_from_and_need() -> None:
     assert algorithm("ppo").roles == {"reference", "value", "reward"}
     for row in ALGORITHMS.values():
         assert (row.advantage is None) == (Experience not in row.losses)
+        assert row.advantage is None or row.teach is None
 
 
 def test_demonstrations_cost_their_surprise_and_gamma_times_it_beside_ppo() -> None:

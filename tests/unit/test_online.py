@@ -14,7 +14,7 @@ import torch
 from dressage import assemble
 from dressage.algorithms.catalog import algorithm
 from dressage.algorithms.trust_region import exact_kl
-from dressage.batches import Experience
+from dressage.batches import Experience, PreferenceBatch, SupervisedBatch
 from dressage.config import LoraConfig, ModelConfig, OptimizerConfig, PpoConfig
 from dressage.errors import ConfigError
 from dressage.models.files import load_backbone, weights_hash
@@ -77,9 +77,10 @@ def test_each_recipe_trains_a_policy(
     assert len(logged) == 2
     first = logged[0]
     assert ("value/explained_variance" in first) == ("loss/value" in first) == ("value" in row.roles)
-    assert ("groups/alike_share" in first) == (row.fewest_answers > 1)
+    assert ("groups/alike_share" in first) == (row.fewest_answers > 1 or row.teach is not None)
+    assert ("kept/share" in first) == (row.teach is not None)
     assert ("trust_region/kl" in first) == (name == "trpo")
-    assert first["ratio/first_max_error"] < 1e-4
+    assert row.advantage is None or first["ratio/first_max_error"] < 1e-4
     assert first["gradient/norm"] > 0
 
 
@@ -113,6 +114,34 @@ def test_a_dry_run_reckons_with_what_a_method_adds(
     assert operations[0] > operations[1]
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "work", "more"),
+    [
+        ("rejection_sampling", [], "12 are learnt from, 2 updates a round (1 x 12 / 6)", ["settings.best=7"]),
+        ("rejection_sampling", ["settings={best: 3, round_share: 0.5}"], "18 are learnt from, 3 updates", []),
+        ("expert_iteration", [], "at last 24; 8 updates a round (2 x 24 / 6)", ["training.steps=3"]),
+        ("online_dpo", ["minibatch_size=6"], "24 answers of at most 8 tokens; 4 updates a round (1 x 24 / 6)", []),
+        ("online_dpo", ["rollout.answers_per_prompt=4"], "24 are learnt from, 1 updates", ["settings.all_pairs=true"]),
+    ],
+)
+def test_a_dry_run_counts_what_is_learnt_from(
+    name: str,
+    changes: list[str],
+    work: str,
+    more: list[str],
+    dressage: Callable[..., Any],
+    made: Path,
+    tiny_model: Path,
+) -> None:
+    """Of 12 prompts with 8 answers each (2 of DPO), in 2 rounds; selecting more costs more."""
+    ran = dressage("rl", name, *small(made, tiny_model), *changes, "--dry-run")
+    assert ran.exit_code == 0 and work in " ".join(ran.stdout.split()), ran.output
+    if more:
+        dearer = dressage("rl", name, *small(made, tiny_model), *changes, *more, "--dry-run").stdout
+        costs = [float(re.findall(r"\((\S+) operations", said)[0]) for said in (ran.stdout, dearer)]
+        assert costs[1] > costs[0]
+
+
 def test_ppo_and_rl_without_a_recipe_take_settings_alone(
     dressage: Callable[..., Any], made: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -127,7 +156,7 @@ def test_ppo_and_rl_without_a_recipe_take_settings_alone(
 def test_a_bounded_run_goes_on_where_it_was_stopped(
     dressage: Callable[..., Any], made: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """TRPO and the adapting price: weights, moments and coefficients are all in the checkpoint."""
+    """Weights, moments, prices that adapt and answers kept from earlier rounds are all in the checkpoint."""
     from dressage.training import trainer
 
     save = trainer.save_checkpoint
@@ -136,7 +165,7 @@ def test_a_bounded_run_goes_on_where_it_was_stopped(
         save(*given)
         raise KeyboardInterrupt
 
-    for name in ("trpo", "ppo_penalty"):
+    for name in ("trpo", "ppo_penalty", "expert_iteration", "online_dpo"):
         asked = ["rl", name, *small(made, tiny_model), "--out"]
         assert dressage(*asked, tmp_path / name / "whole").exit_code == 0
         with monkeypatch.context() as patched:
@@ -164,6 +193,10 @@ def test_a_bounded_run_goes_on_where_it_was_stopped(
         (["lora=null"], 'value.start="reward" needs lora'),
         (["algorithm=ppo_penalty", "minibatch_size=null"], r"settings\.old_kl_coef.*reuse"),
         (["settings.full_kl=true"], r"settings\.full_kl.*settings\.kl_loss_coef=0"),
+        (["algorithm=rejection_sampling"], r"settings\.best keeps all.*answers_per_prompt=1"),
+        (["algorithm=online_dpo"], "answers_per_prompt=1.*online_dpo.*at least 2"),
+        (["algorithm=dpo"], "'dpo'.*does not learn from sampled answers.*online_dpo"),
+        (["algorithm=online_dpo", "rollout.answers_per_prompt=2", "minibatch_size=3"], "minibatch_size=3.*multiple"),
     ],
 )
 def test_contradictions_are_named(changes: list[str], message: str) -> None:
@@ -302,6 +335,88 @@ def test_the_old_policys_price_adapts_and_reaches_the_loss(made: Path, tiny_mode
     other = source("ppo", made, tiny_model, Judge(odd), "algorithm=reinforce_pp", "settings.old_kl_coef=1", "reuse=2")
     other.restore(drawn.state())
     assert other.old_kl_coef == 0.5
+
+
+# --- what is selected and ranked
+
+
+def summed(batch: Any) -> list[float]:
+    """What `Judge` is told below: the sum of an answer's tokens."""
+    mask = batch.loss_mask if isinstance(batch, SupervisedBatch) else batch.response_mask
+    return (batch.tokens * mask).sum(-1).float().tolist()  # type: ignore[no-any-return]
+
+
+def by_sum(rollout: Rollout) -> float:
+    return float(sum(rollout.completion.tokens))
+
+
+def test_the_best_of_each_group_is_imitated_and_two_of_it_ranked(made: Path, tiny_model: Path) -> None:
+    """The same 12 answers to 4 prompts for GRPO, rejection sampling and online DPO."""
+    plain = experience_of(source("grpo", made, tiny_model, Judge(by_sum)))
+    sums = torch.tensor(summed(plain))
+    scores = torch.stack([sums[plain.group == prompt] for prompt in range(4)])
+    drawn = source("rejection_sampling", made, tiny_model, Judge(by_sum), "score_clip=null").draw(0)
+    ((kept,),) = drawn.updates
+    assert isinstance(kept, SupervisedBatch)
+    assert sorted(summed(kept)) == sorted(scores.amax(-1).tolist())
+    assert drawn.metrics["kept/share"] == pytest.approx(1 / 3)
+
+    online = source("online_dpo", made, tiny_model, Judge(by_sum), "score_clip=null")
+    ((pairs,),) = online.draw(0).updates
+    assert isinstance(pairs, PreferenceBatch) and pairs.ref_answer_logprobs is not None
+    found = dict(zip(zip(pairs.group.tolist(), pairs.rank.tolist(), strict=True), summed(pairs), strict=True))
+    assert found == {(g, r): float(s[r]) for g in range(4) for s in [scores[g].aminmax()[::-1]] for r in (0, 1)}
+    with torch.no_grad():
+        said = score_tokens(online.reference, pairs.tokens, pairs.attention_mask, pairs.response_mask).logprobs
+    assert torch.allclose(pairs.ref_answer_logprobs, said.sum(-1), atol=1e-4)
+
+
+def test_ranked_answers_stay_together_in_minibatches(made: Path, tiny_model: Path) -> None:
+    drawn = source("online_dpo", made, tiny_model, Judge(by_sum), "score_clip=null", "minibatch_size=4", "reuse=2")
+    updates = drawn.draw(0).updates
+    assert len(updates) == 4
+    for (batch,) in updates:
+        assert isinstance(batch, PreferenceBatch)
+        assert sorted(batch.rank.tolist()) == [0, 0, 1, 1] and len(batch.group.unique()) == 2
+
+
+def test_a_round_that_keeps_nothing_teaches_nothing(made: Path, tiny_model: Path) -> None:
+    for name, changes in (("rejection_sampling", ["settings.threshold=2"]), ("online_dpo", [])):
+        found = source(name, made, tiny_model, Judge(lambda rollout: 1.0), *changes).draw(0)
+        assert found.updates == [] and found.metrics["kept/share"] == 0
+
+
+def test_a_price_on_kl_is_taken_off_before_answers_are_compared(made: Path, tiny_model: Path) -> None:
+    """At first the policy is the reference, and the price nothing; with an adapter that says something it decides."""
+    kept = []
+    for price in (0.0, 1000.0):
+        drawn = source("rejection_sampling", made, tiny_model, Judge(by_sum), "score_clip=null", f"kl.coef={price}")
+        with torch.no_grad():
+            for parameter in drawn.policy.parameters().values():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+        ((batch,),) = drawn.draw(0).updates
+        kept.append(sorted(summed(batch)))
+    assert kept[0] != kept[1] and sum(kept[0]) > sum(kept[1])
+
+
+def test_expert_iteration_learns_all_rounds_from_the_first_weights(made: Path, tiny_model: Path) -> None:
+    """Its second round is what a fresh learner makes of both rounds' answers."""
+    drawn = source("expert_iteration", made, tiny_model, Judge(by_sum), "reuse=1")
+    first, second = drawn.draw(0), drawn.draw(1)
+    assert [len(one.updates[0][0].tokens) for one in (first, second)] == [4, 8]
+    again = source("expert_iteration", made, tiny_model, Judge(by_sum), "reuse=1")
+    again.restore(json.loads(json.dumps(drawn.state())))
+    assert again.kept == drawn.kept
+
+    def taught(*updates: Any) -> str:
+        learns = learner("expert_iteration", tiny_model)
+        for number, one in enumerate(updates):
+            if number:
+                learns.restart()
+            _learn(learns, one)
+        return weights_hash(learns.policy.parameters())
+
+    assert taught(first.updates, second.updates) == taught(second.updates) != taught(first.updates)
 
 
 # --- bounds on the step

@@ -38,6 +38,7 @@ from dressage.algorithms.preference import (
     ImplicitReward,
     IpoSettings,
     KtoSettings,
+    OnlineDpoSettings,
     OrpoSettings,
     SimpoSettings,
     dpo_loss,
@@ -52,6 +53,7 @@ from dressage.algorithms.preference import (
     simpo_loss,
 )
 from dressage.algorithms.reward_modeling import RankingSettings, log_exp, log_sig, ranking_loss
+from dressage.algorithms.selection import SelectionSettings, imitated, ranked
 from dressage.algorithms.supervised import SupervisedSettings, ptx_loss, supervised_loss
 from dressage.batches import Experience, PreferenceBatch, RatingBatch, SupervisedBatch
 from dressage.errors import ConfigError
@@ -66,8 +68,10 @@ PreferenceBatch, RatingBatch: (rewards [N], batch, settings)
 Experience: (TokenScores, values [B, T] or None, batch, settings)
 """
 ModelRole = Literal["reference", "value", "reward"]
-PreferenceSettings = DpoSettings | IpoSettings | KtoSettings | OrpoSettings | SimpoSettings
-Settings = SupervisedSettings | RankingSettings | PreferenceSettings | PolicyGradientSettings
+Teach = Callable[..., SupervisedBatch | PreferenceBatch]
+"""Demonstrations or rankings from (experience, what each answer earned [B], settings, seed)."""
+PreferenceSettings = DpoSettings | OnlineDpoSettings | IpoSettings | KtoSettings | OrpoSettings | SimpoSettings
+Settings = SupervisedSettings | RankingSettings | PreferenceSettings | SelectionSettings | PolicyGradientSettings
 
 
 @dataclass(frozen=True)
@@ -96,13 +100,22 @@ class Algorithm:
     implicit_reward: ImplicitReward | None = None
     """How a policy's log-probability of an answer is read as its reward; none: rewards come from a reward model."""
     advantage: Advantage | None = None
-    """How rewards become advantages; none: nothing is sampled."""
+    """How rewards become advantages; none: nothing is sampled, or nothing weighed."""
+    teach: Teach | None = None
+    """How sampled answers become demonstrations or rankings; none: nothing is sampled, or they stay Experience."""
+    afresh: bool = False
+    """Every round learns what was kept in all rounds so far, from the first weights on."""
     weigh: Weigh = token_mean
     """How tokens share the loss."""
     fewest_answers: int = 1
     """To a prompt: who is compared with others needs another."""
     greedy_baseline: bool = False
     """The score of the likeliest answer to the prompt is taken off every answer's advantage."""
+
+    @property
+    def samples(self) -> bool:
+        """Whether it learns from the policy's own answers."""
+        return self.advantage is not None or self.teach is not None
 
     def with_settings(self, changes: Mapping[str, Any]) -> Algorithm:
         """The same with some settings changed; an unknown one is a ConfigError."""
@@ -192,6 +205,20 @@ GROUP = replace(
     advantage=of_answers(group_normalized),
     weigh=sequence_mean,
     fewest_answers=2,
+)
+
+# What is good among a round's answers is imitated.
+REJECTION_SAMPLING = Algorithm(
+    about=About(
+        "rejection sampling (RAFT)",
+        "-log p of the best of each prompt's answers; also a threshold (ReST) or a share of the round",
+        "Dong et al. 2023, alg. 1; Gulcehre et al. 2023",
+        "The simplest that improves: no ratio, no critic, nothing to tune but what is kept. Raise answers_per_prompt.",
+    ),
+    losses={SupervisedBatch: supervised_loss},
+    teach=imitated,
+    roles=frozenset({"reference", "reward"}),
+    settings=SelectionSettings(),
 )
 
 ALGORITHMS: Mapping[str, Algorithm] = {
@@ -404,6 +431,30 @@ ALGORITHMS: Mapping[str, Algorithm] = {
         losses=_learns(weighted_likelihood),
         weigh=token_mean,
     ).with_settings({"clip_low": 1.0, "clip_high": 4.0}),
+    "rejection_sampling": REJECTION_SAMPLING,
+    "expert_iteration": replace(
+        REJECTION_SAMPLING,
+        about=About(
+            "expert iteration",
+            "-log p of the best answers of all rounds so far, learnt in each round from the first weights on",
+            "Anthony et al. 2017, aggregated; from the first weights Singh et al. 2023",
+            "Where a policy that learns from itself drifts: slower and dearer than rejection_sampling, and steadier.",
+        ),
+        afresh=True,
+    ),
+    "online_dpo": replace(
+        DPO,
+        about=About(
+            "online DPO",
+            "DPO's loss on the best against the worst of the policy's own answers to a prompt (all_pairs: on all)",
+            "Guo et al. 2024",
+            "DPO where a reward model can say which answer is better; label_noise=1 labels as Bradley and Terry would.",
+        ),
+        teach=ranked,
+        roles=frozenset({"reference", "reward"}),
+        fewest_answers=2,
+        settings=OnlineDpoSettings(),
+    ),
 }
 
 
@@ -417,7 +468,9 @@ def algorithm(name: str) -> Algorithm:
 def preference_algorithm(name: str) -> Algorithm:
     """The row of this name, one that teaches a policy people's judgements; any other name is a ConfigError."""
     row = algorithm(name)
-    if row.implicit_reward is None:
-        known = ", ".join(known for known, other in ALGORITHMS.items() if other.implicit_reward is not None)
+    if row.implicit_reward is None or row.samples:
+        known = ", ".join(
+            known for known, other in ALGORITHMS.items() if other.implicit_reward is not None and not other.samples
+        )
         raise ConfigError(f"algorithm={name!r}: does not learn from preferences; those that do: {known}")
     return row

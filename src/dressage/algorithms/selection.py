@@ -64,10 +64,11 @@ def expected_best(scores: Tensor, k: int) -> Tensor:
 
 def best_of_groups(scores: PerSequence, group: Ints, count: int = 1) -> Mask:
     """True [B] for the `count` highest scores of every group; of equal ones the earlier counts as higher."""
-    place = torch.arange(len(scores), device=scores.device)
-    above = scores[None, :] > scores[:, None]
-    earlier = (scores[None, :] == scores[:, None]) & (place[None, :] < place[:, None])
-    return (_siblings(group) & (above | earlier)).sum(-1) < count
+    order = scores.argsort(descending=True, stable=True)
+    order = order[group[order].argsort(stable=True)]
+    sizes = group[order].unique_consecutive(return_counts=True)[1]
+    place = torch.arange(len(order), device=order.device) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+    return torch.zeros_like(group, dtype=torch.bool).index_put((order,), place < count)
 
 
 # --- what is learnt from a round's answers ----------------------------------------------------------------------------
@@ -111,7 +112,7 @@ def ranked(experience: Experience, scores: PerSequence, settings: OnlineDpoSetti
     if not settings.all_pairs:
         ends = best_of_groups(scores, group) | best_of_groups(-scores, group)
         rows, scores, group = rows[ends], scores[ends], group[ends]
-    rank = (_siblings(group) & (scores[None, :] > scores[:, None])).sum(-1)
+    rank = ((group[None, :] == group[:, None]) & (scores[None, :] > scores[:, None])).sum(-1)
     paired = torch.cat(ranking_pairs(group, rank)).unique()
     rows = rows[paired]
     mask = experience.response_mask[rows]
@@ -124,11 +125,6 @@ def ranked(experience: Experience, scores: PerSequence, settings: OnlineDpoSetti
         rank=rank[paired],
         ref_answer_logprobs=summed_over_answers(experience.ref_logprobs[rows], mask),
     )
-
-
-def _siblings(group: Ints) -> Mask:
-    """True [B, B] for two answers of one group."""
-    return group[:, None] == group[None, :]
 
 
 def _share(count: int, share: float) -> int:

@@ -39,8 +39,8 @@ class ExperienceReport:
     """Answers whose score met the clip."""
     length_correlation: float
     """Of scores and answers' lengths; 0 where either is the same for all."""
-    total_mean: float
-    """Score after clip and penalty, less the price of the KL: what is maximised."""
+    totals: PerSequence  # [B]
+    """Of each answer: score after clip and penalty, less the price of the KL. What is maximised."""
     kl_per_answer: float
     """Nats against the reference, summed over an answer's tokens; 0 without a reference."""
     finished_share: float
@@ -114,7 +114,7 @@ def build_experience(
     lam: float,
     whiten_advantages: bool,
     token_kl: PerToken | None = None,
-    advantage: Advantage = actor_critic,
+    advantage: Advantage | None = actor_critic,
     baseline: PerSequence | None = None,
     truncated: Truncated = "keep",
     truncation_penalty: float = 0.0,
@@ -127,7 +127,8 @@ def build_experience(
     A token's reward is -kl_coef (old - reference log-probability), the last token's also the answer's score (Ziegler et
     al. 2019, eq. 2); `token_kl` [B, T], if given, is priced in place of that difference. The score is clipped first,
     and pays for being too long, as `earned` says; or answers the engine cut are left out of the loss. A `baseline` [B]
-    is taken off every advantage of its answer. Returns come before the advantages are whitened.
+    is taken off every advantage of its answer. Returns come before the advantages are whitened. Without `advantage`
+    nothing is weighed, and all are 0.
     """
     answer = samples.response_mask
     old_logprobs = old_logprobs.masked_fill(~answer, 0.0)
@@ -153,7 +154,9 @@ def build_experience(
 
     priced = kl if token_kl is None else token_kl.masked_fill(~answer, 0.0)
     rewards = -kl_coef * priced + kept[:, None] * _last(answer)
-    advantages = advantage(rewards, values, counted, samples.group, gamma=gamma, lam=lam)
+    advantages = torch.zeros_like(rewards)
+    if advantage is not None:
+        advantages = advantage(rewards, values, counted, samples.group, gamma=gamma, lam=lam)
     if baseline is not None:
         advantages = advantages - baseline.to(advantages)[:, None] * counted
     returns = None
@@ -180,7 +183,7 @@ def build_experience(
         score_std=scores.std(correction=0).item(),
         score_clipped_share=clipped_share.item(),
         length_correlation=_correlation(scores, answer.sum(-1)),
-        total_mean=rewards.sum(-1).mean().item(),
+        totals=rewards.sum(-1),
         kl_per_answer=kl.sum(-1).mean().item(),
         finished_share=samples.finished.float().mean().item(),
         mean_tokens=answer.sum(-1).float().mean().item(),

@@ -189,6 +189,13 @@ _TABLE = (
         decimals=0,
     ),
     Metric(
+        "kept/share",
+        "share",
+        "Of a step's answers, those learnt from: selected as the best, or in a pair of which one is better.",
+        "above 0",
+        decimals=0,
+    ),
+    Metric(
         "clip/share",
         "share",
         "Tokens whose probability had changed so much that PPO's clip held them back.",

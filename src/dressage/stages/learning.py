@@ -24,7 +24,7 @@ from dressage.rewards.learned import score_rows
 from dressage.stages.answers import gold_of, note, read_answers
 from dressage.stages.comparing import reward_accuracy
 from dressage.training.batch_sources import DatasetSource, RolloutSource
-from dressage.training.online import online_algorithm, online_settings, updates_per_round
+from dressage.training.online import online_algorithm, online_settings, updates_of
 from dressage.training.reference import with_reference
 from dressage.training.trainer import BatchSource, train
 from dressage.training.update import CHOSEN, REJECTED, Learner
@@ -150,7 +150,7 @@ def ppo(config: PpoConfig, folder: Path, console: Console | None) -> None:
     policy = assemble.build_role(backbone, "policy", config.lora, seed=config.seed, head=trunk)
     assert config.training.steps is not None
     steps = config.training.steps
-    updates = steps * updates_per_round(config)
+    updates = sum(updates_of(row, config, step) for step in range(steps))
     reference = assemble.build_reference(config, backbone)
     source = RolloutSource(
         config=config,

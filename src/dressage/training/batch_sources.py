@@ -23,8 +23,9 @@ from dressage.batches import (
     select,
 )
 from dressage.config import PpoConfig
+from dressage.data.collate import collate_demonstrations
 from dressage.data.order import batch_indices
-from dressage.data.template import ChatTemplate
+from dressage.data.template import ChatTemplate, Encoded
 from dressage.errors import EngineError
 from dressage.experience.buffer import minibatches
 from dressage.experience.build import ExperienceReport, Samples, build_experience, earned, tensors_of, unlike
@@ -34,7 +35,7 @@ from dressage.monitor.diversity import distinct
 from dressage.rewards.learned import Scorer
 from dressage.rollout.engine import Engine
 from dressage.schema import Prompt, Reward, Rollout, Sampling
-from dressage.training.online import online_settings, updates_per_round
+from dressage.training.online import online_settings, ranked_answers, updates_of
 from dressage.training.trainer import LAST_KL, Round, Sample
 from dressage.training.update import AnyBatch, pieces
 
@@ -92,7 +93,7 @@ class Draw:
 
 @dataclass
 class RolloutSource:
-    """Samples answers with the policy as it is, scores them, and builds Experience."""
+    """Samples answers with the policy as it is, scores them, and builds Experience, or selects and ranks them."""
 
     config: PpoConfig
     algorithm: Algorithm
@@ -107,6 +108,8 @@ class RolloutSource:
     gold: Callable[[Rollout], float] | None = None
     kl_coef: float = field(init=False)
     old_kl_coef: float = field(init=False)
+    kept: list[Encoded] = field(init=False, default_factory=list)
+    """What was kept in all rounds so far, for a row that learns all of it."""
 
     def __post_init__(self) -> None:
         self.kl_coef = self.config.kl.coef
@@ -123,7 +126,6 @@ class RolloutSource:
         if token_kl is None:
             token_kl = ESTIMATORS[config.kl.estimator](old_logprobs, ref_logprobs)
         settings = online_settings(self.algorithm)
-        assert self.algorithm.advantage is not None
         experience, report = build_experience(
             samples,
             _totals(rewards),
@@ -149,6 +151,14 @@ class RolloutSource:
             metrics["value/explained_variance"] = report.explained_variance
         if config.rollout.answers_per_prompt > 1:
             metrics["groups/alike_share"] = drawn.alike_share
+        batch: SupervisedBatch | PreferenceBatch | Experience = experience
+        if self.algorithm.teach is not None:
+            batch = self.algorithm.teach(experience, report.totals, self.algorithm.settings, self._seed(step))
+            metrics["kept/share"] = len(batch.tokens) / len(rollouts)
+        if self.algorithm.afresh:
+            assert isinstance(batch, SupervisedBatch)
+            self.kept += _rows_of(batch)
+            batch = collate_demonstrations(self.kept, self.template.pad_token) if self.kept else batch
         adapted = {}
         if self.old_kl_coef:
             adapted["old_kl_coef"] = metrics["kl/old_coef"] = self.old_kl_coef
@@ -158,7 +168,7 @@ class RolloutSource:
             Sample(rollout.prompt.text, rollout.text, reward.total, rollout.completion.finish)
             for rollout, reward in zip(rollouts[:SHOWN], rewards, strict=False)
         ]
-        return Round(self._updates(experience, step), metrics, shown, adapted)
+        return Round(self._updates(batch, step), metrics, shown, adapted)
 
     def learnt(self, step: int, metrics: Mapping[str, float]) -> Mapping[str, float]:
         """Moves the prices of KL: by how far this round's answers were from the reference, and its last update gone."""
@@ -169,7 +179,8 @@ class RolloutSource:
                 self.kl_coef = proportional(self.kl_coef, kl, config.target_per_answer, config.horizon_answers, answers)
             case "band":
                 self.kl_coef = band(self.kl_coef, kl, config.low_per_answer, config.high_per_answer, config.factor)
-        gone, old = metrics[LAST_KL], self.config.old_kl
+        # Who does not weigh answers measures no distance from who wrote them, and has no price on it.
+        gone, old = metrics.get(LAST_KL, 0.0), self.config.old_kl
         match old.controller:
             case "proportional":
                 self.old_kl_coef = proportional(
@@ -181,12 +192,14 @@ class RolloutSource:
         return {}
 
     def state(self) -> Mapping[str, Any]:
-        """The KL controllers; answers are sampled anew from (seed, step)."""
-        return {"kl_coef": self.kl_coef, "old_kl_coef": self.old_kl_coef}
+        """The KL controllers, and answers kept for later; others are sampled anew from (seed, step)."""
+        kept = [[list(row.tokens), list(map(int, row.loss_mask))] for row in self.kept]
+        return {"kl_coef": self.kl_coef, "old_kl_coef": self.old_kl_coef, "kept": kept}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state`."""
         self.kl_coef, self.old_kl_coef = float(state["kl_coef"]), float(state["old_kl_coef"])
+        self.kept = [Encoded(tuple(tokens), tuple(map(bool, mask))) for tokens, mask in state["kept"]]
 
     def _draw(self, step: int) -> Draw:
         """The round's answers. With redraws: of prompts whose answers differ in score, if so many can be found."""
@@ -223,7 +236,7 @@ class RolloutSource:
             temperature=temperature,
             top_p=rollout.top_p,
             top_k=rollout.top_k,
-            seed=self.config.seed * 1_000_003 + number,
+            seed=self._seed(number),
         )
         completions = self.engine.generate([prompt for _, prompt in asked], sampling)
         return [
@@ -285,18 +298,30 @@ class RolloutSource:
             values = _in_pieces(value, samples, lambda *rows: score_values(value, *rows))
         return old, values, found.get("full_kl")
 
-    def _updates(self, experience: Experience, step: int) -> list[list[AnyBatch]]:
-        answers = len(experience.tokens)
-        size = self.config.minibatch_size or answers
-        order = minibatches(answers, size, self.config.reuse, self.config.seed * 1_000_003 + step)
+    def _updates(self, batch: SupervisedBatch | PreferenceBatch | Experience, step: int) -> list[list[AnyBatch]]:
+        """Minibatches of rows; ranked answers to one prompt stay together. None where nothing was kept."""
+        units, size = [[row] for row in range(len(batch.tokens))], self.config.minibatch_size
+        if isinstance(batch, PreferenceBatch):
+            units = [(batch.group == prompt).nonzero()[:, 0].tolist() for prompt in batch.group.unique()]
+            size = size and size // ranked_answers(self.algorithm, self.config)
+        order = minibatches(len(units), size or max(1, len(units)), self.config.reuse, self._seed(step))
         updates: list[list[AnyBatch]] = []
-        per_round = updates_per_round(self.config)
-        for number, rows in enumerate(order):
-            batches: list[AnyBatch] = [select(experience, torch.tensor(rows))]
+        per_round = updates_of(self.algorithm, self.config)
+        for number, chosen in enumerate(order):
+            rows = [row for unit in chosen for row in units[unit]]
+            batches: list[AnyBatch] = [select(batch, torch.tensor(rows))]
             if self.ptx is not None:
                 batches.append(self.ptx.batch(step * per_round + number))
             updates.append(batches)
         return updates
+
+    def _seed(self, number: int) -> int:
+        return self.config.seed * 1_000_003 + number
+
+
+def _rows_of(batch: SupervisedBatch) -> list[Encoded]:
+    fields = zip(batch.tokens, batch.loss_mask, batch.attention_mask, strict=True)
+    return [Encoded(tuple(tokens[real].tolist()), tuple(mask[real].tolist())) for tokens, mask, real in fields]
 
 
 def logprobs_of(role: Role, samples: Samples, temperature: float) -> PerToken:
@@ -319,7 +344,7 @@ def _measures(report: ExperienceReport) -> dict[str, float]:
     return {
         "reward/score_mean": report.score_mean,
         "reward/score_std": report.score_std,
-        "reward/total_mean": report.total_mean,
+        "reward/total_mean": report.totals.mean().item(),
         "reward/clipped_share": report.score_clipped_share,
         "reward/length_correlation": report.length_correlation,
         "kl/reference_per_answer": report.kl_per_answer,

@@ -6,15 +6,19 @@ import math
 
 from dressage.algorithms.catalog import ALGORITHMS, Algorithm, algorithm
 from dressage.algorithms.policy_gradient import PolicyGradientSettings
+from dressage.algorithms.preference import OnlineDpoSettings
+from dressage.algorithms.selection import SelectionSettings
 from dressage.config import PpoConfig
 from dressage.errors import ConfigError
+
+_AS_THEY_ARE = PolicyGradientSettings(whiten_advantages=False)
 
 
 def online_algorithm(config: PpoConfig) -> Algorithm:
     """The row with this run's settings; ConfigError where it and the other settings contradict each other."""
     name, row = config.algorithm, algorithm(config.algorithm)
-    if row.advantage is None:
-        online = ", ".join(known for known, other in ALGORITHMS.items() if other.advantage is not None)
+    if not row.samples:
+        online = ", ".join(known for known, other in ALGORITHMS.items() if other.samples)
         raise ConfigError(f"algorithm={name!r}: does not learn from sampled answers; those that do: {online}")
     row = row.with_settings(config.settings)
     settings = online_settings(row)
@@ -36,7 +40,19 @@ def online_algorithm(config: PpoConfig) -> Algorithm:
                 f'value.start="zero" puts the critic on the trunk whose step settings.max_kl={settings.max_kl} bounds;'
                 ' set value.start="reward"'
             )
-    if settings.old_kl_coef and updates_per_round(config) < 2:
+    if isinstance(row.settings, SelectionSettings) and row.settings.threshold is None:
+        answers = config.rollout.prompts_per_step * config.rollout.answers_per_prompt
+        if learnt_answers(row, config) == answers:
+            raise ConfigError(
+                f"settings.best keeps all of rollout.answers_per_prompt={config.rollout.answers_per_prompt},"
+                " and nothing else selects; sample more answers, or set settings.threshold or settings.round_share"
+            )
+    if isinstance(row.settings, OnlineDpoSettings) and (config.minibatch_size or 0) % ranked_answers(row, config):
+        raise ConfigError(
+            f"minibatch_size={config.minibatch_size}: the {ranked_answers(row, config)} ranked answers to a prompt are"
+            " learnt together; set it to a multiple of that"
+        )
+    if settings.old_kl_coef and updates_of(row, config) < 2:
         raise ConfigError(
             "settings.old_kl_coef prices leaving the old policy, and a round's first update cannot have left it;"
             " set reuse=2 or more, or a smaller minibatch_size"
@@ -47,12 +63,26 @@ def online_algorithm(config: PpoConfig) -> Algorithm:
 
 
 def online_settings(row: Algorithm) -> PolicyGradientSettings:
-    """The settings of a row that samples."""
-    assert isinstance(row.settings, PolicyGradientSettings)
-    return row.settings
+    """How a row weighs what it sampled; one that teaches by selection or ranking leaves it as it is."""
+    assert row.samples
+    return row.settings if isinstance(row.settings, PolicyGradientSettings) else _AS_THEY_ARE
 
 
-def updates_per_round(config: PpoConfig) -> int:
-    """Optimizer steps in a round that lacks no answer."""
-    answers = config.rollout.prompts_per_step * config.rollout.answers_per_prompt
+def learnt_answers(row: Algorithm, config: PpoConfig) -> int:
+    """How many of a round's answers are learnt from, if none is lacking."""
+    prompts, answers = config.rollout.prompts_per_step, config.rollout.answers_per_prompt
+    if isinstance(row.settings, SelectionSettings):
+        return row.settings.most(prompts, answers)
+    return prompts * ranked_answers(row, config)
+
+
+def ranked_answers(row: Algorithm, config: PpoConfig) -> int:
+    """How many of the answers to a prompt are compared."""
+    one_pair = isinstance(row.settings, OnlineDpoSettings) and not row.settings.all_pairs
+    return 2 if one_pair else config.rollout.answers_per_prompt
+
+
+def updates_of(row: Algorithm, config: PpoConfig, step: int = 0) -> int:
+    """Optimizer steps in round `step` (from 0), if it lacks no answer."""
+    answers = learnt_answers(row, config) * (step + 1 if row.afresh else 1)
     return config.reuse * math.ceil(answers / (config.minibatch_size or answers))

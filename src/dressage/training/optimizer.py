@@ -72,7 +72,8 @@ class Optimizer:
         }
 
     def restore(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
-        """Weights and moments as they were saved."""
+        """Weights and moments as they were saved; a weight of which no moments were has none."""
+        self.adamw.state.clear()
         with torch.no_grad():
             for name, parameter in self.named.items():
                 parameter.copy_(weights[name])

@@ -31,7 +31,7 @@ import torch
 
 from dressage.algorithms.catalog import preference_algorithm
 from dressage.algorithms.trust_region import ITERATIONS
-from dressage.batches import RatingBatch
+from dressage.batches import PreferenceBatch, RatingBatch
 from dressage.config import (
     DataConfig,
     DpoConfig,
@@ -53,7 +53,7 @@ from dressage.models.files import role_meta
 from dressage.models.lora import Backbone
 from dressage.models.pretrained import compute_dtype, model_shape
 from dressage.monitor.writers import clock
-from dressage.training.online import online_algorithm, online_settings
+from dressage.training.online import learnt_answers, online_algorithm, online_settings, ranked_answers
 
 Records = Literal["demonstrations", "rankings", "ratings", "prompts"]
 Read = Callable[[Records, DataConfig, ModelConfig, int], Any]
@@ -224,14 +224,22 @@ class Foresight:
         settings, own_critic = online_settings(row), "value" in row.roles and config.value.start == "reward"
         learners = [policy, judge] if own_critic else [policy]
         answers, steps = rollout.prompts_per_step * rollout.answers_per_prompt, training.steps or 1
-        size = config.minibatch_size or answers
         asked = [
             Row((prompts[i].lengths[0] + rollout.max_new_tokens,), rollout.max_new_tokens)
             for i in batch_indices(len(prompts), rollout.prompts_per_step, 0, config.seed)
             for _ in range(rollout.answers_per_prompt)
         ]
-        cut = [list(_cut(asked[start : start + size], training)) for start in range(0, len(asked), size)]
         tokens, new = sum(sum(row.lengths) for row in asked), len(asked) * rollout.max_new_tokens
+        # A round cannot ask more prompts than there are.
+        learnt = max(1, learnt_answers(row, config) * len(asked) // answers)
+        # Who learns from all rounds so far learns most in the last one.
+        at_last, mean = (learnt * steps, learnt * (steps + 1) / 2) if row.afresh else (learnt, learnt)
+        size = config.minibatch_size or at_last
+        # What is selected lies evenly among the answers; those to one prompt are equally long here.
+        taught = [asked[i % learnt * len(asked) // learnt] for i in range(at_last)]
+        k = ranked_answers(row, config) if PreferenceBatch in row.losses else 1
+        units = [Row(one.lengths * k, one.answers * k) for one in taught[::k]]
+        cut = [list(_cut(units[start : start + size // k], training)) for start in range(0, len(units), size // k)]
         # Sampling; then the reference's and, unless the engine's are taken, the policy's log-probs; then the reward.
         trunk_critic = "value" in row.roles and not own_critic
         scored = 1 if rollout.reuse_engine_logprobs and not trunk_critic else 2
@@ -241,7 +249,8 @@ class Foresight:
             flops += (forward + tokens * judge.forward) / rollout.answers_per_prompt
         # At most: prompts are drawn again only where answers score the same.
         flops += settings.redraws * (forward + tokens * judge.forward)
-        flops += config.reuse * (sum(tokens * learner.training for learner in learners) + new * 2 * shape.head)
+        training_flops = sum(tokens * learner.training for learner in learners) + new * 2 * shape.head
+        flops += config.reuse * mean / len(asked) * training_flops
         if settings.full_kl or config.kl.watch_full:
             flops += config.reuse * (forward + new * 3 * shape.head)
         if settings.max_kl is not None:
@@ -250,6 +259,8 @@ class Foresight:
                 (ITERATIONS + 2) * (2 * tokens * policy.training + 6 * new * shape.head) + 3 * forward
             )
         updates = config.reuse * len(cut)
+        of = f" {learnt} are learnt from," if learnt < len(asked) else ""
+        of += f" each time all so far from the first weights on, at last {at_last};" if row.afresh else ""
         again = f", at most {settings.redraws} draws more where answers score the same" if settings.redraws else ""
         ptx = ""
         if config.ptx is not None:
@@ -258,14 +269,15 @@ class Foresight:
             flops += updates * config.ptx.batch_size * length * policy.training
             ptx = f", and {config.ptx.batch_size} demonstrations of {length:.0f} tokens in each update"
         cached = min(rollout.max_batch, answers) * max(row.lengths[0] for row in asked)
-        copies = 1 if config.lora is not None else 2  # the reference is then a model of its own
+        # With whole weights the reference is a model of its own; so are the first weights, to begin from again.
+        copies = 1 if config.lora is not None else 2 + row.afresh
         most = max(map(max, cut))
         return {
             "data": f"{len(prompts)} prompts; {_lengths(prompts)}{_if_known(known)}",
             "work": f"{steps} rounds of {rollout.prompts_per_step} prompts x {rollout.answers_per_prompt} answers ="
-            f" {answers} answers of at most {rollout.max_new_tokens} tokens{again}; {updates} updates a round"
-            f" ({config.reuse} x {answers} / {size}), each in {_pieces(cut)} of at most {most} padded tokens;"
-            f" {tokens} tokens a round{ptx}",
+            f" {answers} answers of at most {rollout.max_new_tokens} tokens{again};{of}"
+            f" {updates} updates a round ({config.reuse} x {at_last} / {size}), each in {_pieces(cut)} of at most"
+            f" {most} padded tokens; {tokens} tokens a round{ptx}",
             **self._taken(shape, steps * flops, learners, micro_batch=most, cached=cached, copies=copies),
         }
 

@@ -96,6 +96,8 @@ def train(
             begun = time.perf_counter()
             round_ = source.draw(step)
             drawn = time.perf_counter()
+            if learner.algorithm.afresh:
+                learner.restart()
             learner.algorithm = learner.algorithm.with_settings(round_.settings)
             measured = _learn(learner, round_.updates)
             seconds = time.perf_counter() - drawn
@@ -154,8 +156,10 @@ def _alarmed(
 def _learn(learner: Learner, updates: Sequence[Sequence[AnyBatch]]) -> dict[str, float]:
     """All updates of a round, up to one that finds the policy too far; the mean of each measure over them.
 
-    The first ratio is that of the first update, LAST_KL what the last one found.
+    The first ratio is that of the first update, LAST_KL what the last one found. A round that kept nothing has none.
     """
+    if not updates:
+        return {"tokens": 0.0}
     sums: list[Sums] = []
     for batches in updates:
         sums.append(learner.update(batches))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -58,6 +58,16 @@ class Learner:
     """Longest answer the engine was allowed, in tokens."""
     updates: int = 0
     """Optimizer steps so far."""
+    first: dict[str, Tensor] = field(init=False)
+    """The weights to begin from again, for a row that does."""
+
+    def __post_init__(self) -> None:
+        weights = self.optimizer.weights() if self.algorithm.afresh else {}
+        self.first = {name: weight.clone() for name, weight in weights.items()}
+
+    def restart(self) -> None:
+        """Back to the first weights, with nothing remembered of the way."""
+        self.optimizer.restore(self.first, {})
 
     def update(self, batches: Sequence[AnyBatch]) -> Sums:
         """Learns from these batches in one step; or, STOPPED being 1, not: the policy has gone too far already."""
@@ -102,7 +112,9 @@ class Learner:
             yield from (self._experience(piece, totals) for piece in self._pieces(batch))
 
     def _supervised(self, batch: SupervisedBatch, totals: Totals) -> Sums:
-        scores = score_tokens(self.policy, batch.tokens, batch.attention_mask, batch.loss_mask)
+        # Nobody sampled the demonstrations that stand beside Experience.
+        temperature = 1.0 if Experience in self.algorithm.losses else self.temperature
+        scores = score_tokens(self.policy, batch.tokens, batch.attention_mask, batch.loss_mask, temperature=temperature)
         terms = self.algorithm.losses[SupervisedBatch](scores, batch, self.algorithm.settings)
         shares = {f"loss/{name}": aggregate(term, batch.loss_mask, totals) for name, term in terms.items()}
         return _backward(shares) | {"tokens": _size(batch.attention_mask)}
@@ -153,7 +165,9 @@ class Learner:
         return torch.stack(shares).sum().cpu()
 
     def _answer_logprobs(self, batch: PreferenceBatch | RatingBatch) -> PerSequence:
-        scores = score_tokens(self.policy, batch.tokens, batch.attention_mask, batch.response_mask)
+        scores = score_tokens(
+            self.policy, batch.tokens, batch.attention_mask, batch.response_mask, temperature=self.temperature
+        )
         return summed_over_answers(scores.logprobs, batch.response_mask)
 
     def _experience(self, batch: Experience, totals: Totals) -> Sums:
