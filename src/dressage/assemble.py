@@ -237,9 +237,16 @@ def build_value(row: Algorithm, config: PpoConfig, reward_model: Role) -> Role |
 
 def build_reward_model(config: PpoConfig, backbone: Backbone, own: ChatTemplate) -> tuple[Role, LearnedReward]:
     """The reward model, on the policy's base where it can be, and the scorer made of it."""
-    folder = Path(config.reward_model)
     # Where all weights of the policy learn, the reward model must not stand on them: it has its own.
-    role = load_reward_model(folder, backbone if config.lora is not None else None, config.model)
+    return build_judge(config.reward_model, config.model, backbone if config.lora is not None else None, own)
+
+
+def build_judge(
+    reward_model: str, model: ModelConfig, backbone: Backbone | None, own: ChatTemplate
+) -> tuple[Role, LearnedReward]:
+    """A reward model for answers written with the template `own`: on `backbone`, which is `model`, where it can be."""
+    folder = Path(reward_model)
+    role = load_reward_model(folder, backbone, model)
     role.backbone.freeze_base()
     for parameter in role.parameters().values():
         parameter.requires_grad_(False)

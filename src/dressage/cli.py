@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
-from dressage.errors import DressageError
+from dressage.errors import ConfigError, DressageError
 
 if TYPE_CHECKING:
     from dressage.config import Settings
@@ -170,26 +170,34 @@ def chat(
     temperature: Annotated[float, typer.Option("--temperature", min=0, help="0 takes the likeliest word.")] = 0.7,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")] = 256,
     seed: Annotated[int, typer.Option("--seed", help="Another seed gives other answers.")] = 1,
+    best_of: Annotated[int, typer.Option("--best-of", min=1, help="Write so many answers, show the best.")] = 1,
+    reward_model: Annotated[Path | None, typer.Option("--reward-model", help="Who says which is the best.")] = None,
 ) -> None:
     """Talk to a model, or to a base with adapters."""
+    if best_of > 1 and reward_model is None:
+        raise ConfigError(f"--best-of {best_of} needs --reward-model, the folder of one")
     console = _console()
     with console.status("loading the model"):
         _quiet()
-        from dressage.assemble import build_template
+        from dressage.assemble import build_judge, build_template
         from dressage.config import ModelConfig
         from dressage.models.files import load_backbone, role_meta
         from dressage.models.pretrained import ROLE_FILE
         from dressage.rollout.native import NativeEngine
         from dressage.schema import Sampling
+        from dressage.serving.chat import BestOf, Streaming
         from dressage.serving.chat import chat as talk
 
         # A role was trained with a template and a system turn: it is asked in the same way.
         saved = role_meta(Path(model))["model"] if (Path(model) / ROLE_FILE).is_file() else {}
         config = ModelConfig(**(saved | {"name": model}))
         template = build_template(config)
-        engine = NativeEngine(
-            load_backbone(config).model, stop_tokens=template.stop_tokens, pad_token=template.pad_token, max_batch=1
-        )
+        backbone = load_backbone(config)
+        native = NativeEngine(backbone.model, stop_tokens=template.stop_tokens, pad_token=template.pad_token)
+        engine: Streaming = native
+        if reward_model is not None:
+            _, scorer = build_judge(str(reward_model), config, backbone, template)
+            engine = BestOf(native, scorer, template, best_of, console)
     sampling = Sampling(max_new_tokens, temperature=temperature, seed=seed)
     talk(engine, template, sampling=sampling, system=system, thinking=thinking, console=console)
 

@@ -337,6 +337,10 @@ class SampleConfig(StageConfig):
     kind: Literal["sample"] = "sample"
     prompts: DataConfig
     answers_per_prompt: Positive = 1
+    best_of: Positive = 1
+    """Answers sampled for each one that is kept: the one with the reward model's highest score."""
+    reward_model: str | None = None
+    """Folder of a reward model; every answer then comes with its score."""
     max_new_tokens: Positive = 64
     temperature: NonNegative = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -345,6 +349,22 @@ class SampleConfig(StageConfig):
     max_batch: Positive = 64
     measure_kl: bool = False
     """Measure how far the model is from the one its last adapter was trained on, in nats an answer."""
+
+    @model_validator(mode="after")
+    def _the_best_can_be_told(self) -> SampleConfig:
+        if self.best_of == 1:
+            return self
+        if self.reward_model is None:
+            raise ValueError(f"best_of={self.best_of} needs reward_model: who says which answer is the best")
+        if self.temperature == 0:
+            raise ValueError(
+                f"best_of={self.best_of} with temperature=0 chooses among equal answers; raise temperature"
+            )
+        if self.measure_kl:
+            raise ValueError(
+                f"measure_kl is of the model's own answers, best_of={self.best_of} keeps others; leave out one of them"
+            )
+        return self
 
 
 class RankConfig(Settings):

@@ -107,10 +107,10 @@ def test_contradictions_are_named(settings: list[str], said: str) -> None:
 
 
 class Judge:
-    """Likes large tokens."""
+    """Likes small tokens."""
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Reward]:
-        return [Reward(float(sum(rollout.completion.tokens))) for rollout in rollouts]
+        return [Reward(-float(sum(rollout.completion.tokens))) for rollout in rollouts]
 
 
 def test_in_a_conversation_the_best_is_heard(tiny_model: Path) -> None:
@@ -123,7 +123,7 @@ def test_in_a_conversation_the_best_is_heard(tiny_model: Path) -> None:
     every, screen = engine.generate([prompt] * 5, sampling), StringIO()
     for count in (1, 5):
         heard = list(BestOf(engine, Judge(), template, count, Console(file=screen)).stream(prompt, sampling))
-        assert heard == list(max((answer.tokens for answer in every[:count]), key=sum))
+        assert heard == list(min((answer.tokens for answer in every[:count]), key=sum))
     assert heard != list(engine.stream(prompt, sampling)) and "the best of 5" in screen.getvalue()
 
 

@@ -12,7 +12,9 @@ from rich.console import Console
 
 from dressage.data.template import ChatTemplate
 from dressage.errors import ConfigError, DressageError, ModelError
-from dressage.schema import Message, Prompt, Sampling
+from dressage.rewards.learned import Scorer
+from dressage.rollout.engine import Engine
+from dressage.schema import Message, Prompt, Rollout, Sampling
 
 
 class Streaming(Protocol):
@@ -21,6 +23,27 @@ class Streaming(Protocol):
     def stream(self, prompt: Prompt, sampling: Sampling) -> Iterator[int]:
         """The tokens of one answer as they are drawn."""
         ...
+
+
+@dataclass(frozen=True)
+class BestOf:
+    """An engine that is heard only once it has written several answers: the one that scores highest."""
+
+    engine: Engine
+    scorer: Scorer
+    template: ChatTemplate
+    count: int
+    console: Console
+
+    def stream(self, prompt: Prompt, sampling: Sampling) -> Iterator[int]:
+        """The tokens of the best answer. The first of those it is chosen from is the one that would else be heard."""
+        completions = self.engine.generate([prompt] * self.count, sampling)
+        rollouts = [Rollout(prompt, each, self.template.decode(each.tokens), 0) for each in completions]
+        scores = [reward.total for reward in self.scorer.score(rollouts)]
+        best = max(range(self.count), key=scores.__getitem__)
+        said = f"score {scores[best]:+.2f}, the best of {self.count} (mean {sum(scores) / self.count:+.2f})"
+        self.console.print(said, style="dim", highlight=False)
+        yield from completions[best].tokens
 
 
 @dataclass

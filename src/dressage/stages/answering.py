@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import Progress
 
 from dressage import assemble
+from dressage.algorithms.selection import best_of_groups, best_of_n_kl, expected_best
 from dressage.config import RankConfig, SampleConfig
 from dressage.data.sources import read_rankings
 from dressage.errors import ConfigError, DataError
@@ -24,7 +26,7 @@ from dressage.training.batch_sources import logprobs_of
 
 
 def sample(config: SampleConfig, folder: Path, console: Console | None) -> None:
-    """Prompts -> answers of a model: folder/answers.jsonl."""
+    """Prompts -> answers of a model, or the best of several: folder/answers.jsonl."""
     template = assemble.build_template(config.model)
     data = config.prompts.model_copy(update={"heldout_fraction": 0.0})
     rows = assemble.build_rows("prompts", data, template, config.seed)
@@ -34,36 +36,65 @@ def sample(config: SampleConfig, folder: Path, console: Console | None) -> None:
     sampling = Sampling(
         config.max_new_tokens, temperature=config.temperature, top_p=config.top_p, top_k=config.top_k, seed=config.seed
     )
-    asked = [prompt for prompt in rows.train for _ in range(config.answers_per_prompt)]
+    scorer = None
+    if config.reward_model is not None:
+        # A policy that is switched on and off is not the model of the settings.
+        backbone = role.backbone if reference is None else None
+        _, scorer = assemble.build_judge(config.reward_model, config.model, backbone, template)
+    drawn = config.answers_per_prompt * config.best_of
+    asked = [prompt for prompt in rows.train for _ in range(drawn)]
     with Progress(console=console or Console(quiet=True), transient=True) as progress:
         task = progress.add_task("sampling", total=len(asked))
         completions = engine.generate(asked, sampling, lambda done: progress.update(task, completed=done))
-    lines = []
-    for index, prompt in enumerate(rows.train):
-        first = index * config.answers_per_prompt
-        own = completions[first : first + config.answers_per_prompt]
-        lines.append(
-            {
-                "prompt": messages_of(prompt),
-                "prompt_id": prompt.id,
-                "answers": [
-                    {"text": template.decode(c.tokens), "tokens": len(c.tokens), "finish": c.finish} for c in own
-                ],
-                "model": config.model.name,
-                "sampling": {
-                    "temperature": config.temperature,
-                    "max_new_tokens": config.max_new_tokens,
-                    "seed": config.seed,
-                },
-            }
+    rollouts = [
+        Rollout(prompt, completion, template.decode(completion.tokens), number // config.best_of)
+        for number, (prompt, completion) in enumerate(zip(asked, completions, strict=True))
+    ]
+    answers: list[dict[str, Any]] = [
+        {"text": r.text, "tokens": len(r.completion.tokens), "finish": r.completion.finish} for r in rollouts
+    ]
+    sampling_said: dict[str, Any] = {
+        "temperature": config.temperature,
+        "max_new_tokens": config.max_new_tokens,
+        "seed": config.seed,
+    }
+    if scorer is not None:
+        scores = torch.tensor([reward.total for reward in scorer.score(rollouts)])
+        kept = best_of_groups(scores, torch.tensor([rollout.group for rollout in rollouts]))
+        answers = [answers[i] | {"score": float(scores[i])} for i in kept.nonzero()[:, 0].tolist()]
+        sampling_said |= {
+            "reward_model": config.reward_model,
+            "best_of": config.best_of,
+            "kl_bound_per_answer": best_of_n_kl(config.best_of),
+        }
+        write_json(
+            folder / "best_of.json", {"prompts": len(rows.train), "curve": best_of_curve(scores.view(-1, drawn))}
         )
+    lines = [
+        {
+            "prompt": messages_of(prompt),
+            "prompt_id": prompt.id,
+            "answers": answers[index * config.answers_per_prompt :][: config.answers_per_prompt],
+            "model": config.model.name,
+            "sampling": sampling_said,
+        }
+        for index, prompt in enumerate(rows.train)
+    ]
     write_lines(folder / ANSWERS, lines)
     if reference is not None:
-        rollouts = [Rollout(p, c, "", 0) for p, c in zip(asked, completions, strict=True)]
         samples = tensors_of(rollouts, template.pad_token)
         own_logprobs, below = (logprobs_of(r, samples, config.temperature or 1.0) for r in (role, reference))
         kl = (own_logprobs - below).sum(-1).mean()
         write_json(folder / "kl.json", {"kl_per_answer": float(kl), "answers": len(asked)})
+
+
+def best_of_curve(scores: torch.Tensor) -> list[dict[str, float]]:
+    """What the best of 1, 2, 4 ... answers scores, and the bound on its KL, from scores [prompts, answers]."""
+    most = scores.shape[-1]
+    return [
+        {"n": n, "score": expected_best(scores, n).mean().item(), "kl_bound_per_answer": best_of_n_kl(n)}
+        for n in sorted({2**power for power in range(most.bit_length())} | {most})
+    ]
 
 
 def _model_and_below(config: SampleConfig) -> tuple[Role, Role]:

@@ -284,14 +284,19 @@ class Foresight:
     def _sample(self, config: SampleConfig) -> Said:
         prompts, known = self._prompts(config)
         shape = shape_of(self._model(config.model))
-        reader, answers = Reader(shape), len(prompts) * config.answers_per_prompt
-        tokens = sum(row.lengths[0] + config.max_new_tokens for row in prompts) * config.answers_per_prompt
+        each = config.answers_per_prompt * config.best_of
+        reader, answers = Reader(shape), len(prompts) * each
+        tokens = sum(row.lengths[0] + config.max_new_tokens for row in prompts) * each
         flops = tokens * reader.forward + answers * config.max_new_tokens * shape.head
+        if config.reward_model is not None:
+            depth, lora = self._reward_model(config.reward_model)
+            flops += tokens * Reader(shape, lora, depth).forward
+        kept = f" of which the best of every {config.best_of} is kept" if config.best_of > 1 else ""
         longest = max(row.lengths[0] for row in prompts) + config.max_new_tokens
         cached = min(config.max_batch, answers) * longest
         return {
             "data": f"{len(prompts)} prompts; {_lengths(prompts)}{_if_known(known)}",
-            "work": f"{len(prompts)} prompts x {config.answers_per_prompt} answers = {answers} answers of at most"
+            "work": f"{len(prompts)} prompts x {each} answers = {answers} answers{kept}, of at most"
             f" {config.max_new_tokens} tokens, {min(config.max_batch, answers)} at once",
             **self._taken(shape, flops * (2 if config.measure_kl else 1), cached=cached),
         }
