@@ -104,6 +104,9 @@ class RolloutConfig(Settings):
     prompts_per_step: Positive = 16
     answers_per_prompt: Positive = 1
     max_new_tokens: Positive = 64
+    length_range: tuple[Positive, Positive] | None = None
+    """Each answer has a limit of its own, any from the first to the second number of tokens alike; none: all have
+    max_new_tokens. Meeting it is no fault of the policy's: see `truncated`."""
     temperature: Above0 = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Natural = 0
@@ -121,6 +124,12 @@ class RolloutConfig(Settings):
             raise ValueError(
                 "top_p and top_k train another distribution than the one sampled; set allow_filtered_sampling=true"
             )
+        if self.length_range is not None:
+            low, high = self.length_range
+            if not low <= high <= self.max_new_tokens:
+                raise ValueError(
+                    f"length_range=[{low}, {high}] must go up, to no more than max_new_tokens={self.max_new_tokens}"
+                )
         return self
 
 

@@ -92,6 +92,8 @@ class Sampling:
     top_k: int = 0
     """0: off."""
     seed: int = 0
+    length_range: tuple[int, int] | None = None
+    """Least and greatest limit of an answer's tokens, drawn for each anew; none: all have `max_new_tokens`."""
 
 
 @dataclass(frozen=True)

@@ -304,6 +304,23 @@ def test_a_step_draws_the_same_again_and_others_than_the_next(made: Path, tiny_m
     assert first.shape != later.shape or not torch.equal(first, later)
 
 
+def test_each_answer_of_a_round_has_its_own_limit(made: Path, tiny_model: Path) -> None:
+    lengths = []
+    for step, batch in ((0, 64), (0, 3), (1, 64)):
+        drawn = source(
+            "grpo", made, tiny_model, Judge(odd), "rollout.length_range=[2, 6]", f"rollout.max_batch={batch}"
+        )
+        lengths.append(sorted(experience_of(drawn, step).response_mask.sum(-1).tolist()))
+    assert lengths[0] == lengths[1] != lengths[2]
+    assert min(lengths[0]) >= 2 and max(lengths[0]) <= 6 and len(set(lengths[0])) > 2
+
+
+@pytest.mark.parametrize("limits", ["[5, 4]", "[2, 41]"])
+def test_a_range_of_lengths_goes_up_to_the_limit(limits: str) -> None:
+    with pytest.raises(ConfigError, match=r"length_range=.* must go up, to no more than max_new_tokens=40"):
+        load_stage("ppo", "ppo", [f"rollout.length_range={limits}"])
+
+
 def test_remax_compares_with_the_likeliest_answer(made: Path, tiny_model: Path) -> None:
     """A prompt's own greedy answer, scored under the same rules, is what is taken off."""
     judge = Judge(lambda rollout: float(sum(rollout.completion.tokens) % 7))

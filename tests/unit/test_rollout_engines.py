@@ -132,6 +132,34 @@ def test_batch_and_order_change_no_sample(name: str) -> None:
     assert [a.tokens for a in moved] == [together[i].tokens for i in order]
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral, window of 4"])
+def test_each_answer_has_a_limit_of_its_own(name: str) -> None:
+    """It ends there what it would have said without, whatever batch it is in; a stop token may come before."""
+    model = model_of(name).double()
+    free, ranged = Sampling(max_new_tokens=9, seed=2), Sampling(max_new_tokens=9, seed=2, length_range=(2, 7))
+    prompts = [prompt for prompt in PROMPTS for _ in range(5)]
+    whole = engine_of(model, 3, 4, 5).generate(prompts, free)
+    cut = engine_of(model, 3, 4, 5).generate(prompts, ranged)
+    for answer, ended in zip(whole, cut, strict=True):
+        assert ended.tokens == answer.tokens[: len(ended.tokens)] and len(ended.tokens) <= 7
+        assert ended.finish == answer.finish if ended.tokens == answer.tokens else ended.finish == "length"
+    assert {len(answer.tokens) for answer in cut if answer.finish == "length"} == {2, 3, 4, 5, 6, 7}
+    for max_batch in (1, 7):
+        apart = engine_of(model, 3, 4, 5, max_batch=max_batch).generate(prompts, ranged)
+        assert [answer.tokens for answer in apart] == [answer.tokens for answer in cut]
+    assert engine_of(model, 3, 4, 5).generate(prompts, replace(ranged, seed=3)) != cut
+    assert list(engine_of(model, 3, 4, 5).stream(prompts[0], ranged)) == list(cut[0].tokens)
+
+
+def test_both_engines_end_an_answer_at_the_same_limit() -> None:
+    sampling = Sampling(max_new_tokens=9, temperature=0.0, length_range=(2, 7))
+    model = model_of("llama")
+    ours = engine_of(model, 3, 4).generate(PROMPTS * 3, sampling)
+    theirs = HuggingFaceEngine(model, stop_tokens=(3, 4), pad_token=0, max_batch=4).generate(PROMPTS * 3, sampling)
+    assert [(a.tokens, a.finish) for a in ours] == [(a.tokens, a.finish) for a in theirs]
+    assert len({len(answer.tokens) for answer in ours}) > 3
+
+
 def test_seeds_make_the_sample() -> None:
     engine = engine_of(model_of("llama"))
     first, again, other = (

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from dressage.rollout.sampler import draw, kept_tokens, sample_seed, uniforms
+from dressage.rollout.sampler import draw, kept_tokens, length_limits, sample_seed, uniforms
 
 VOCABULARIES = [7, 256, 1000]  # less than a block, one block, blocks with a rest
 
@@ -45,6 +45,19 @@ def test_uniforms_belong_to_the_row() -> None:
     seeds = torch.tensor([sample_seed(0, "p", copy) for copy in range(6)])
     order = torch.tensor([4, 0, 5])
     assert_close(uniforms(seeds, 3)[order], uniforms(seeds[order], 3), rtol=0, atol=0)
+
+
+def test_limits_are_even_and_know_nothing_of_the_first_token() -> None:
+    """Six limits over 6,000 seeds, and over each half of them that the first token's number tells apart."""
+    seeds = torch.tensor([sample_seed(1, "a", copy) for copy in range(6000)])
+    limits, first = length_limits(seeds, 3, 8), uniforms(seeds, 0)
+    for chosen in (limits, limits[first < 0.5], limits[first >= 0.5]):
+        expected = len(chosen) / 6
+        counts = chosen.bincount(minlength=9)
+        assert counts.sum() == counts[3:].sum() == len(chosen)
+        assert ((counts[3:] - expected).square() / expected).sum() < 5 + 4 * math.sqrt(10)
+    assert length_limits(seeds, 4, 4).unique().tolist() == [4]
+    assert torch.equal(length_limits(seeds[10:20], 3, 8), limits[10:20])
 
 
 def test_uniforms_are_uniform() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dressage.errors import EngineError
+from dressage.rollout.sampler import length_limits, sample_seed
 from dressage.schema import Completion, Finish, Prompt, Sampling
 
 
@@ -60,6 +62,24 @@ def require_room(prompts: Sequence[Prompt], sampling: Sampling, model: PreTraine
                 f"a prompt of {length} tokens ({_shortened(prompt.text)!r}) and {sampling.max_new_tokens} new ones are"
                 f" more than the model's {positions} positions; shorten it or lower max_new_tokens"
             )
+
+
+def seeds_of(prompts: Sequence[Prompt], seed: int) -> list[int]:
+    """A seed for each answer, by which occurrence of its prompt it is."""
+    seen: Counter[str] = Counter()
+    seeds = []
+    for prompt in prompts:
+        identity = prompt.id
+        seeds.append(sample_seed(seed, identity, seen[identity]))
+        seen[identity] += 1
+    return seeds
+
+
+def limits_of(seeds: Sequence[int], sampling: Sampling) -> list[int]:
+    """Most tokens of each answer, by its seed alone."""
+    if sampling.length_range is None:
+        return [sampling.max_new_tokens] * len(seeds)
+    return length_limits(torch.tensor(seeds), *sampling.length_range).tolist()
 
 
 def finish_of(tokens: Sequence[int], stop_tokens: Collection[int]) -> Finish:

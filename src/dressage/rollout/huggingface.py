@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from dressage.rollout.decoding import left_padded
-from dressage.rollout.engine import evaluating, finish_of, require_room
+from dressage.rollout.engine import evaluating, finish_of, limits_of, require_room, seeds_of
 from dressage.rollout.sampler import sample_seed
 from dressage.schema import Completion, Prompt, Sampling
 
@@ -45,21 +45,23 @@ class HuggingFaceEngine:
         """One completion for each prompt, in order."""
         require_room(prompts, sampling, self.model)
         completions: list[Completion] = []
+        limits = limits_of(seeds_of(prompts, sampling.seed), sampling)
         with evaluating(self.model), torch.random.fork_rng(), self.active():
             for start in range(0, len(prompts), self.max_batch):
                 batch = prompts[start : start + self.max_batch]
                 torch.manual_seed(sample_seed(sampling.seed, batch[0].id, start))
-                completions += self._answers([prompt.tokens for prompt in batch], sampling)
+                own = limits[start : start + self.max_batch]
+                completions += self._answers([prompt.tokens for prompt in batch], own, sampling)
                 if progress is not None:
                     progress(len(completions))
         return completions
 
-    def _answers(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
+    def _answers(self, prompts: Sequence[Sequence[int]], limits: Sequence[int], sampling: Sampling) -> list[Completion]:
         tokens, mask = left_padded(prompts, self.pad_token, self.model.device)
         drawn = sampling.temperature > 0
         filters = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
         settings = GenerationConfig(
-            max_new_tokens=sampling.max_new_tokens,
+            max_new_tokens=max(limits),
             do_sample=drawn,
             eos_token_id=sorted(self.stop_tokens),
             pad_token_id=self.pad_token,
@@ -77,11 +79,11 @@ class HuggingFaceEngine:
         answers = output.sequences[:, tokens.shape[1] :]
         logits = torch.stack(output.logits, dim=1).float()  # [B, T, V]
         scores = (logits / (sampling.temperature or 1.0)).log_softmax(-1).gather(-1, answers[..., None]).squeeze(-1)
-        return [self._completion(*row) for row in zip(answers.tolist(), scores.tolist(), strict=True)]
+        return [self._completion(*row) for row in zip(answers.tolist(), scores.tolist(), limits, strict=True)]
 
-    def _completion(self, tokens: list[int], logprobs: list[float]) -> Completion:
-        """Up to the first stop token: behind it `generate` pads."""
-        end = next((i + 1 for i, token in enumerate(tokens) if token in self.stop_tokens), len(tokens))
+    def _completion(self, tokens: list[int], logprobs: list[float], limit: int) -> Completion:
+        """Up to the first stop token, behind which `generate` pads, or the limit."""
+        end = next((i + 1 for i, token in enumerate(tokens[:limit]) if token in self.stop_tokens), limit)
         return Completion(
             tuple(tokens[:end]), tuple(logprobs[:end]), finish_of(tokens[:end], self.stop_tokens), self.version
         )

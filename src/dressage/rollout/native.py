@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -14,8 +13,8 @@ from transformers import PreTrainedModel
 
 from dressage.errors import EngineError
 from dressage.rollout.decoding import Decoding, takes_prepared_mask
-from dressage.rollout.engine import evaluating, finish_of, require_room
-from dressage.rollout.sampler import draw, sample_seed, uniforms
+from dressage.rollout.engine import evaluating, finish_of, limits_of, require_room, seeds_of
+from dressage.rollout.sampler import draw, uniforms
 from dressage.schema import Completion, Prompt, Sampling
 
 
@@ -101,12 +100,16 @@ class NativeEngine:
             yield
 
     def _steps(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling) -> Iterator[Step]:
-        """Decode one batch; an answer leaves it after its stop token."""
+        """Decode one batch; an answer leaves it after its stop token, or at its limit."""
         device = self.model.device
         batch = Decoding(
             self.model, prompts, room=sampling.max_new_tokens, pad_token=self.pad_token, in_place=self.in_place
         )
-        rows, row_seeds = list(range(len(prompts))), torch.tensor(seeds, device=device)
+        rows, row_seeds, limits = (
+            list(range(len(prompts))),
+            torch.tensor(seeds, device=device),
+            limits_of(seeds, sampling),
+        )
         for position in range(sampling.max_new_tokens):
             tokens, logprobs = draw(
                 batch.logits,
@@ -119,8 +122,14 @@ class NativeEngine:
             if any(map(math.isnan, step.logprobs)):
                 raise EngineError("the model's logits are NaN: its weights have diverged; go back to a checkpoint")
             yield step
-            kept = filled([slot for slot, token in enumerate(step.tokens) if token not in self.stop_tokens])
-            if not kept or position + 1 == sampling.max_new_tokens:
+            kept = filled(
+                [
+                    slot
+                    for slot, (row, token) in enumerate(zip(rows, step.tokens, strict=True))
+                    if token not in self.stop_tokens and position + 1 < limits[row]
+                ]
+            )
+            if not kept:
                 return
             if len(kept) < len(rows):
                 slots = torch.tensor(kept, device=device)
@@ -140,14 +149,3 @@ def filled(live: Sequence[int]) -> list[int]:
     for hole in sorted(set(range(count)).difference(live)):
         result[hole] = next(behind)
     return result
-
-
-def seeds_of(prompts: Sequence[Prompt], seed: int) -> list[int]:
-    """A seed for each answer, by which occurrence of its prompt it is."""
-    seen: Counter[str] = Counter()
-    seeds = []
-    for prompt in prompts:
-        identity = prompt.id
-        seeds.append(sample_seed(seed, identity, seen[identity]))
-        seen[identity] += 1
-    return seeds

@@ -32,6 +32,11 @@ def uniforms(seeds: Ints, position: int) -> Tensor:
     return _shift(z ^ _shift(z, 31), 11).double() * 2.0**-53
 
 
+def length_limits(seeds: Ints, low: int, high: int) -> Ints:
+    """Most tokens [B] that each answer may have, every number from low to high alike: drawn before its first token."""
+    return low + (uniforms(seeds, -1) * (high - low + 1)).long()
+
+
 def draw(
     logits: Tensor, uniforms: Tensor, *, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0
 ) -> tuple[Ints, PerSequence]:

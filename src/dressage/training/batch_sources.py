@@ -237,6 +237,7 @@ class RolloutSource:
             top_p=rollout.top_p,
             top_k=rollout.top_k,
             seed=self._seed(number),
+            length_range=rollout.length_range,
         )
         completions = self.engine.generate([prompt for _, prompt in asked], sampling)
         return [
