@@ -388,6 +388,18 @@ def test_the_best_of_each_group_is_imitated_and_two_of_it_ranked(made: Path, tin
     assert torch.allclose(pairs.ref_answer_logprobs, said.sum(-1), atol=1e-4)
 
 
+def test_policy_and_reference_begin_as_one_at_any_temperature(
+    dressage: Callable[..., Any], made: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Both read the answers at the temperature at which they were sampled: DPO begins at ln 2."""
+    settings = ["rollout.temperature=0.6", "training.steps=1", "rollout.prompts_per_step=4"]
+    ran = dressage("rl", "online_dpo", *small(made, tiny_model), *settings, "--out", tmp_path / "run")
+    assert ran.exit_code == 0, ran.output
+    (first,) = read_metrics(tmp_path / "run")
+    assert first["loss/train"] == pytest.approx(0.693147, abs=1e-5)
+    assert first["margin/train"] == pytest.approx(0.0, abs=1e-5)
+
+
 def test_ranked_answers_stay_together_in_minibatches(made: Path, tiny_model: Path) -> None:
     drawn = source("online_dpo", made, tiny_model, Judge(by_sum), "score_clip=null", "minibatch_size=4", "reuse=2")
     updates = drawn.draw(0).updates
