@@ -330,12 +330,14 @@ def _run_stage(name: str, settings: Settings, folder: Path, console: Console) ->
 def _foretell(stages: Mapping[str, Settings], folder: Path) -> None:
     """What each stage will take, without doing any of it."""
     _quiet()
-    from dressage.assemble import build_rows, build_template
+    from dressage.assemble import build_rows, build_template, check_rewards
     from dressage.training.preflight import Foresight
 
     console = _console()
     template = cache(build_template)
-    foresight = Foresight(cache(lambda kind, data, model, seed: build_rows(kind, data, template(model), seed)))
+    foresight = Foresight(
+        cache(lambda kind, data, model, seed: build_rows(kind, data, template(model), seed)), check_rewards
+    )
     for number, (name, settings) in enumerate(stages.items(), start=1):
         _say(console, f"[bold]{number} of {len(stages)}  {name}[/] [dim]({getattr(settings, 'kind', name)})[/]")
         for label, text in foresight.of(settings, folder / name).items():
