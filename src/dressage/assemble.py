@@ -270,7 +270,7 @@ def build_rewards(
     names = {folder: f"reward-{number}" for number, folder in enumerate(config.reward_models)}
     learned = {folder: build_reward_model(folder, config, backbone, own, name) for folder, name in names.items()}
     parts = {
-        name: Part(_grade(part, learned, config.seed), part.weight, getattr(part, "on_failure", 0.0))
+        name: Part(_grade(name, part, learned, config.seed), part.weight, getattr(part, "on_failure", 0.0))
         for name, part in config.parts.items()
     }
     return CombinedReward(parts), {folder: one.role for folder, one in learned.items()}
@@ -285,10 +285,10 @@ def check_rewards(config: PpoConfig, prompts: Sequence[Prompt]) -> None:
         if isinstance(part, NumberPart | ExactPart):
             check_targets(f"rewards.{name} (type {part.type})", part.type, prompts, config.prompts.sources)
         elif isinstance(part, FunctionPart | RemotePart | PatternPart) or (isinstance(part, JudgePart) and part.url):
-            try_out(f"rewards.{name}", _grade(part, {}, config.seed), prompts)
+            try_out(f"rewards.{name}", _grade(name, part, {}, config.seed), prompts)
 
 
-def _grade(part: RewardPart, learned: Mapping[str, LearnedReward], seed: int) -> Grade:
+def _grade(name: str, part: RewardPart, learned: Mapping[str, LearnedReward], seed: int) -> Grade:
     """What grades as a part's settings say; `learned` are reward models by their folders."""
     match part:
         case ModelPart():
@@ -313,16 +313,18 @@ def _grade(part: RewardPart, learned: Mapping[str, LearnedReward], seed: int) ->
         case RemotePart():
             return RemoteReward(part.url, part.timeout_seconds, part.batch_size)
         case JudgePart():
-            return JudgeReward(_judge(part), part.criteria, part.low, part.high, seed)
+            return JudgeReward(_judge(name, part), part.criteria, part.low, part.high, seed)
 
 
-def _judge(part: JudgePart) -> Ask:
+def _judge(name: str, part: JudgePart) -> Ask:
     if part.url is None:
         template, role = build_template(part.model), Role(load_backbone(part.model))
         return model_here(build_engine("native", role, template, JUDGED_AT_ONCE), template, part.max_new_tokens)
     key = None if part.key_variable is None else os.environ.get(part.key_variable)
     if part.key_variable is not None and not key:
-        raise ConfigError(f"key_variable={part.key_variable}: there is no such environment variable; set it to the key")
+        raise ConfigError(
+            f"rewards.{name}: key_variable={part.key_variable}: no such environment variable; set it to the key"
+        )
     return model_there(part.url, part.model.name, part.max_new_tokens, part.timeout_seconds, key)
 
 

@@ -13,7 +13,7 @@ Natural = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Above0 = Annotated[float, Field(gt=0)]
-HttpUrl = Annotated[str, Field(pattern=r"^https?://[^\s/]+")]
+HttpUrl = Annotated[str, Field(pattern=r"^https?://[^\s/?#@]+(/\S*)?$")]
 PartName = Annotated[str, Field(pattern=r"^\w[\w-]*$")]
 
 
@@ -351,6 +351,8 @@ class JudgePart(AnyPart):
     def _grades_differ(self) -> JudgePart:
         if self.low >= self.high:
             raise ValueError(f"low={self.low} must be below high={self.high}")
+        if self.key_variable is not None and self.url is None:
+            raise ValueError("key_variable is for a server: set url, or leave it out")
         return self
 
 
