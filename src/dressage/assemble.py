@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,13 +14,24 @@ from rich.console import Console
 
 from dressage.algorithms.catalog import Algorithm, preference_algorithm
 from dressage.config import (
+    ClassifierPart,
     DataConfig,
     DpoConfig,
+    EnsemblePart,
+    ExactPart,
+    FunctionPart,
+    JudgePart,
+    LengthPart,
     LoraConfig,
     ModelConfig,
+    ModelPart,
+    NumberPart,
     OptimizerConfig,
+    PatternPart,
     PpoConfig,
+    RemotePart,
     RewardConfig,
+    RewardPart,
     SftConfig,
     TrainingConfig,
 )
@@ -40,13 +53,24 @@ from dressage.models.lora import Backbone
 from dressage.models.pretrained import load_tokenizer
 from dressage.models.roles import Role, ScalarHead
 from dressage.monitor.writers import Monitor
-from dressage.rewards.learned import LearnedReward
+from dressage.rewards import verifiers
+from dressage.rewards.check import check_targets, try_out
+from dressage.rewards.classifier import load_classifier
+from dressage.rewards.combined import CombinedReward
+from dressage.rewards.functions import FunctionReward
+from dressage.rewards.judge import Ask, JudgeReward, model_here, model_there
+from dressage.rewards.learned import LearnedReward, pessimistic
+from dressage.rewards.parts import Grade, Part
+from dressage.rewards.remote import RemoteReward
 from dressage.rollout.engine import Engine
+from dressage.schema import Prompt
 from dressage.training.optimizer import Optimizer, learning_rate
 from dressage.training.update import Learner
 
 Records = Literal["demonstrations", "rankings", "ratings", "prompts"]
 MATERIAL = "material:"
+PATTERN = "dressage.rewards.verifiers:pattern"
+JUDGED_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -214,11 +238,14 @@ def build_preference_algorithm(config: DpoConfig) -> Algorithm:
     return preference_algorithm(config.algorithm).with_settings(config.settings)
 
 
-def build_value(row: Algorithm, config: PpoConfig, reward_model: Role) -> Role | None:
-    """The critic as a role of its own, begun from the reward model. None: a head on the policy's trunk, or nothing."""
+def build_value(row: Algorithm, config: PpoConfig, learned: Mapping[str, Role]) -> Role | None:
+    """The critic as a role of its own, begun from the first of the `learned` reward models, by their folders.
+
+    None: a head on the policy's trunk, or nothing.
+    """
     if "value" not in row.roles or config.value.start == "zero":
         return None
-    folder = Path(config.reward_model)
+    folder, reward_model = next((Path(name), role) for name, role in learned.items())
     if not same_base(saved_model(folder), config.model):
         raise ConfigError(
             f'value.start="reward": {folder} was trained on another base than model.name={config.model.name};'
@@ -235,26 +262,87 @@ def build_value(row: Algorithm, config: PpoConfig, reward_model: Role) -> Role |
     return Role(backbone, name, head, reward_model.depth)
 
 
-def build_reward_model(config: PpoConfig, backbone: Backbone, own: ChatTemplate) -> tuple[Role, LearnedReward]:
-    """The reward model, on the policy's base where it can be, and the scorer made of it."""
-    # Where all weights of the policy learn, the reward model must not stand on them: it has its own.
-    return build_judge(config.reward_model, config.model, backbone if config.lora is not None else None, own)
+def build_rewards(
+    config: PpoConfig, backbone: Backbone, own: ChatTemplate
+) -> tuple[CombinedReward, Mapping[str, Role]]:
+    """The weighted sum of the settings' parts, and the learned reward models in it by their folders."""
+    # On a shared base each needs a name of its own.
+    names = {folder: f"reward-{number}" for number, folder in enumerate(config.reward_models)}
+    # Where all weights of the policy learn, reward models must not stand on them: they have their own.
+    shared = backbone if config.lora is not None else None
+    learned = {folder: build_reward_model(folder, config.model, shared, own, name) for folder, name in names.items()}
+    parts = {
+        name: Part(_grade(name, part, learned, config.seed), part.weight, getattr(part, "on_failure", 0.0))
+        for name, part in config.parts.items()
+    }
+    return CombinedReward(parts), {folder: one.role for folder, one in learned.items()}
 
 
-def build_judge(
-    reward_model: str, model: ModelConfig, backbone: Backbone | None, own: ChatTemplate
-) -> tuple[Role, LearnedReward]:
-    """A reward model for answers written with the template `own`: on `backbone`, which is `model`, where it can be."""
-    folder = Path(reward_model)
-    role = load_reward_model(folder, backbone, model)
+def check_rewards(config: PpoConfig, prompts: Sequence[Prompt]) -> None:
+    """Tries what runs outside this process on two rows, and looks for targets, before any model is loaded.
+
+    ConfigError, DataError: the run would earn nothing from this part.
+    """
+    for name, part in config.parts.items():
+        if isinstance(part, NumberPart | ExactPart):
+            check_targets(f"rewards.{name} (type {part.type})", part.type, prompts, config.prompts.sources)
+        elif isinstance(part, FunctionPart | RemotePart | PatternPart) or (isinstance(part, JudgePart) and part.url):
+            try_out(f"rewards.{name}", _grade(name, part, {}, config.seed), prompts)
+
+
+def _grade(name: str, part: RewardPart, learned: Mapping[str, LearnedReward], seed: int) -> Grade:
+    """What grades as a part's settings say; `learned` are reward models by their folders."""
+    match part:
+        case ModelPart():
+            return learned[part.folder].grade
+        case EnsemblePart():
+            return partial(pessimistic, [learned[folder] for folder in part.folders], part.uncertainty_coef)
+        case FunctionPart():
+            return FunctionReward(part.function, part.timeout_seconds)
+        case PatternPart():
+            return FunctionReward(PATTERN, part.timeout_seconds, {"pattern": part.pattern})
+        case NumberPart():
+            return partial(verifiers.against_targets, verifiers.number)
+        case ExactPart():
+            return partial(verifiers.against_targets, verifiers.exact)
+        case LengthPart():
+            return partial(verifiers.within_length, part.low, part.high, part.unit)
+        case ClassifierPart():
+            probability = part.score == "probability"
+            return load_classifier(
+                part.model, part.label, part.reads, probability=probability, max_tokens=part.max_tokens
+            )
+        case RemotePart():
+            return RemoteReward(part.url, part.timeout_seconds, part.batch_size)
+        case JudgePart():
+            return JudgeReward(_judge(name, part), part.criteria, part.low, part.high, seed)
+
+
+def _judge(name: str, part: JudgePart) -> Ask:
+    if part.url is None:
+        template, role = build_template(part.model), Role(load_backbone(part.model))
+        return model_here(build_engine("native", role, template, JUDGED_AT_ONCE), template, part.max_new_tokens)
+    key = None if part.key_variable is None else os.environ.get(part.key_variable)
+    if part.key_variable is not None and not key:
+        raise ConfigError(
+            f"rewards.{name}: key_variable={part.key_variable}: no such environment variable; set it to the key"
+        )
+    return model_there(part.url, part.model.name, part.max_new_tokens, part.timeout_seconds, key)
+
+
+def build_reward_model(
+    folder: str, model: ModelConfig, backbone: Backbone | None, own: ChatTemplate, name: str = "reward"
+) -> LearnedReward:
+    """Scores answers written with the template `own`: on `backbone`, which is `model`, where it can, as an adapter."""
+    role = load_reward_model(Path(folder), backbone, model, name)
     role.backbone.freeze_base()
     for parameter in role.parameters().values():
         parameter.requires_grad_(False)
     if role.backbone is backbone:
-        return role, LearnedReward(role)
-    template = build_template(saved_model(folder))
+        return LearnedReward(role)
+    template = build_template(saved_model(Path(folder)))
     shared = template.tokenizer.get_vocab() == own.tokenizer.get_vocab() and template.source == own.source
-    return role, LearnedReward(role, None if shared and template.system == own.system else template)
+    return LearnedReward(role, None if shared and template.system == own.system else template)
 
 
 def build_reference(config: PpoConfig, backbone: Backbone) -> Role:

@@ -179,7 +179,7 @@ def chat(
     console = _console()
     with console.status("loading the model"):
         _quiet()
-        from dressage.assemble import build_judge, build_template
+        from dressage.assemble import build_reward_model, build_template
         from dressage.config import ModelConfig
         from dressage.models.files import load_backbone, role_meta
         from dressage.models.pretrained import ROLE_FILE
@@ -196,7 +196,7 @@ def chat(
         native = NativeEngine(backbone.model, stop_tokens=template.stop_tokens, pad_token=template.pad_token)
         engine: Streaming = native
         if reward_model is not None:
-            _, scorer = build_judge(str(reward_model), config, backbone, template)
+            scorer = build_reward_model(str(reward_model), config, backbone, template)
             engine = BestOf(native, scorer, template, best_of, console)
     sampling = Sampling(max_new_tokens, temperature=temperature, seed=seed)
     talk(engine, template, sampling=sampling, system=system, thinking=thinking, console=console)
@@ -338,12 +338,14 @@ def _run_stage(name: str, settings: Settings, folder: Path, console: Console) ->
 def _foretell(stages: Mapping[str, Settings], folder: Path) -> None:
     """What each stage will take, without doing any of it."""
     _quiet()
-    from dressage.assemble import build_rows, build_template
+    from dressage.assemble import build_rows, build_template, check_rewards
     from dressage.training.preflight import Foresight
 
     console = _console()
     template = cache(build_template)
-    foresight = Foresight(cache(lambda kind, data, model, seed: build_rows(kind, data, template(model), seed)))
+    foresight = Foresight(
+        cache(lambda kind, data, model, seed: build_rows(kind, data, template(model), seed)), check_rewards
+    )
     for number, (name, settings) in enumerate(stages.items(), start=1):
         _say(console, f"[bold]{number} of {len(stages)}  {name}[/] [dim]({getattr(settings, 'kind', name)})[/]")
         for label, text in foresight.of(settings, folder / name).items():

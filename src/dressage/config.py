@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Above0 = Annotated[float, Field(gt=0)]
+HttpUrl = Annotated[str, Field(pattern=r"^https?://[^\s/?#@]+(/\S*)?$")]
+PartName = Annotated[str, Field(pattern=r"^\w[\w-]*$")]
 
 
 class Settings(BaseModel):
@@ -214,6 +217,169 @@ class HealthConfig(Settings):
     """By metric, where to warn and where to stop, in place of the built-in: {kl/update_approx: [0.02, 0.1]}."""
 
 
+class AnyPart(Settings):
+    """What every part of a reward has."""
+
+    weight: float = 1.0
+    """By which its score is multiplied before the parts are added up; 0 only watches."""
+
+
+class ModelPart(AnyPart):
+    """A reward model that `dressage reward` made: its score, of deviation 1 where it was normalised."""
+
+    type: Literal["model"]
+    folder: str
+    on_failure: float = -5.0
+    """What an answer scores whose score is no finite number, before the weight; so in all parts that can fail."""
+
+
+class EnsemblePart(AnyPart):
+    """Several reward models: their mean, less a price of their disagreement (after Coste et al. 2023, sec. 3.2).
+
+    They price the variance; the deviation is in the unit of the scores, so that one coefficient suits all scales.
+    """
+
+    type: Literal["ensemble"]
+    folders: Annotated[tuple[str, ...], Field(min_length=2)]
+    uncertainty_coef: NonNegative = 0.5
+    """Price of one standard deviation (population) between the members' scores; 0: the mean alone."""
+    on_failure: float = -5.0
+
+
+class FunctionPart(AnyPart):
+    """Your own Python function, called with keywords prompts, answers, targets, finished: lists of one length.
+
+    It returns as many numbers, and runs in a process of its own, which is ended if it hangs.
+    """
+
+    type: Literal["function"]
+    function: Annotated[str, Field(pattern=r"^.+:[A-Za-z_]\w*$")]
+    """"package.module:name", or "path/file.py:name"."""
+    timeout_seconds: Above0 = 60.0
+    """For the answers of one step."""
+    on_failure: float = 0.0
+
+
+class NumberPart(AnyPart):
+    """1 if the answer's last number equals the target's last number, both after "####" where it stands; else 0."""
+
+    type: Literal["number"]
+
+
+class ExactPart(AnyPart):
+    """1 if the answer is the target but for case and white space, both after "####" where it stands; else 0."""
+
+    type: Literal["exact"]
+
+
+class PatternPart(AnyPart):
+    """1 if a regular expression is found in the answer's first 10,000 characters; else 0."""
+
+    type: Literal["pattern"]
+    pattern: str
+    """As Python's `re` reads it; ^ and $ also match at line breaks."""
+    timeout_seconds: Above0 = 10.0
+    """For the answers of one step: an expression can take for ever."""
+    on_failure: float = 0.0
+
+    @field_validator("pattern")
+    @classmethod
+    def _is_one(cls, pattern: str) -> str:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from error
+        return pattern
+
+
+class LengthPart(AnyPart):
+    """1 if the answer has between `low` and `high` words or characters, both included; else 0."""
+
+    type: Literal["length"]
+    low: Natural = 0
+    high: Natural
+    unit: Literal["words", "characters"] = "words"
+    """Words stand between white space; for Chinese count characters."""
+
+    @model_validator(mode="after")
+    def _range_is_a_range(self) -> LengthPart:
+        if self.low > self.high:
+            raise ValueError(f"low={self.low} is above high={self.high}")
+        return self
+
+
+class ClassifierPart(AnyPart):
+    """A text classifier of transformers: how sure it is of one class."""
+
+    type: Literal["classifier"]
+    model: str
+    """A folder or hub name of a sequence classification model; safetensors only."""
+    label: str | int
+    """The class, by its name or its number."""
+    reads: Literal["answer", "both"] = "answer"
+    """The answer alone, or the prompt's last turn and the answer as a pair."""
+    score: Literal["log_odds", "probability"] = "log_odds"
+    max_tokens: Positive = 512
+    """Longer texts are cut."""
+    on_failure: float = -5.0
+
+
+class RemotePart(AnyPart):
+    """A server: POST {"prompts", "answers", "targets", "finished"} -> {"rewards": [...]}."""
+
+    type: Literal["remote"]
+    url: HttpUrl
+    timeout_seconds: Above0 = 60.0
+    """For the answers of one request, with all attempts."""
+    batch_size: Positive = 64
+    """Answers in one request."""
+    on_failure: float = 0.0
+
+
+class JudgePart(AnyPart):
+    """A model that is asked for a grade: 0 for the lowest, 1 for the highest, 0.5 where it names none."""
+
+    type: Literal["judge"]
+    model: ModelConfig = ModelConfig()
+    """Loaded here, or as the server of `url` calls it (model.name)."""
+    url: HttpUrl | None = None
+    """Chat completions of an OpenAI-compatible server (".../v1/chat/completions"); none: the model is loaded here."""
+    key_variable: str | None = None
+    """Environment variable that holds the server's key."""
+    criteria: str = "How helpful, true and clear is the answer?"
+    low: Natural = 1
+    high: Positive = 10
+    """Grades are whole numbers from low to high."""
+    max_new_tokens: Positive = 16
+    """Longest verdict."""
+    timeout_seconds: Above0 = 60.0
+    """For one request to `url`, with all attempts."""
+    on_failure: float = 0.0
+
+    @model_validator(mode="after")
+    def _grades_differ(self) -> JudgePart:
+        if self.low >= self.high:
+            raise ValueError(f"low={self.low} must be below high={self.high}")
+        if self.key_variable is not None and self.url is None:
+            raise ValueError("key_variable is for a server: set url, or leave it out")
+        return self
+
+
+RewardPart = Annotated[
+    ModelPart
+    | EnsemblePart
+    | FunctionPart
+    | NumberPart
+    | ExactPart
+    | PatternPart
+    | LengthPart
+    | ClassifierPart
+    | RemotePart
+    | JudgePart,
+    Field(discriminator="type"),
+]
+
+
 class StageConfig(Settings):
     """What every stage has."""
 
@@ -289,8 +455,10 @@ class PpoConfig(StageConfig):
     settings: Mapping[str, bool | int | float | None] = {}
     """What differs from the row's own settings: clip_low, clip_high, value_clip, value_coef, entropy_coef, gamma ..."""
     prompts: DataConfig
-    reward_model: str
-    """Folder of a reward model."""
+    reward_model: str | None = None
+    """Folder of a reward model: short for rewards with this one part."""
+    rewards: Mapping[PartName, RewardPart] = {}
+    """Parts by name, of which the reward is the weighted sum (docs/rewards.md)."""
     gold: Literal["simulated"] | None = None
     """Log the simulated annotator's hidden preference beside the learned score. Never trained on."""
     lora: LoraConfig | None = LoraConfig()
@@ -304,7 +472,7 @@ class PpoConfig(StageConfig):
     minibatch_size: Positive | None = None
     """Answers in one optimizer step, of those that are learnt from; none: all of the round."""
     score_clip: Above0 | None = 5.0
-    """Normalised scores are kept within plus and minus this."""
+    """Scores (the sum of the reward's parts) are kept within plus and minus this."""
     truncated: Literal["keep", "penalty", "soft", "mask"] = "penalty"
     """Answers that met the length limit: as they are, minus `truncation_penalty`, minus a share of it that grows over
     the last `soft_tokens` before the limit, or left out of the loss."""
@@ -336,8 +504,26 @@ class PpoConfig(StageConfig):
             raise ValueError(
                 f"soft_tokens={self.soft_tokens} is more than rollout.max_new_tokens={self.rollout.max_new_tokens}"
             )
+        if (self.reward_model is None) == (not self.rewards):
+            raise ValueError("set either reward_model (a folder) or rewards (named parts)")
         _refuse_dropout(self.lora)
         return self
+
+    @property
+    def parts(self) -> Mapping[str, RewardPart]:
+        """The reward's parts by name, in whichever way they were written."""
+        return self.rewards or {"model": ModelPart(type="model", folder=self.reward_model or "")}
+
+    @property
+    def reward_models(self) -> tuple[str, ...]:
+        """Folders of the learned reward models among the parts, each once."""
+        found: dict[str, None] = {}
+        for part in self.parts.values():
+            if isinstance(part, ModelPart):
+                found[part.folder] = None
+            elif isinstance(part, EnsemblePart):
+                found |= dict.fromkeys(part.folders)
+        return tuple(found)
 
 
 class SampleConfig(StageConfig):

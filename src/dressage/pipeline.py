@@ -103,6 +103,9 @@ def inputs_of(config: Settings) -> dict[str, str]:
                 yield from strings(item)
         elif isinstance(value, str) and 0 < len(value) < 1000 and "\n" not in value:
             yield value
+            # A function of one's own is named "path/file.py:name".
+            if (file := value.rpartition(":")[0]).endswith(".py"):
+                yield file
 
     named = sorted(set(strings(result_settings(config))))
     return {name: sha256(Path(name)) for name in named if ("/" in name or "." in name) and Path(name).exists()}

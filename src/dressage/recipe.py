@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -27,29 +27,55 @@ def parse(kind: type[AnySettings], raw: Mapping[str, Any], where: str) -> AnySet
 
 
 def _explain(kind: type[Settings], item: Any, where: str) -> str:
-    place = ".".join(str(part) for part in item["loc"])
+    inside, names = _walk(kind, item["loc"][:-1] if item["type"] == "extra_forbidden" else item["loc"])
+    place = ".".join(names)
     if item["type"] == "extra_forbidden":
-        known = sorted(_fields_at(kind, item["loc"][:-1]))
+        place = ".".join([*names, str(item["loc"][-1])])
+        known = sorted(inside.model_fields) if isinstance(inside, type) and issubclass(inside, Settings) else []
         near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
         advice = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
         return f"{where}: {place}: unknown setting; {advice}"
     if item["type"] == "missing":
         return f"{where}: {place}: must be set"
+    if item["type"].startswith("union_tag"):
+        kinds, tag = item["ctx"].get("expected_tags") or _tags(inside), item["ctx"].get("tag")
+        fault = "must be set: one" if tag is None else f"{tag!r} is none"
+        return f"{where}: {place}.type: {fault} of {kinds.replace(chr(39), '')}"
     message = item["msg"].removeprefix("Value error, ")
     got = "" if item["type"] == "value_error" else f" (got {item['input']!r})"
     return f"{where}: {place}: {message}{got}" if place else f"{where}: {message}{got}"
 
 
-def _fields_at(kind: type[Settings], path: Sequence[Any]) -> list[str]:
-    """Names of the settings inside a nested section."""
-    for part in path:
-        field = kind.model_fields.get(str(part))
-        options = () if field is None else (field.annotation, *getattr(field.annotation, "__args__", ()))
-        inner = [o for o in options if isinstance(o, type) and issubclass(o, Settings)]
-        if not inner:
-            return []
-        kind = inner[0]
-    return list(kind.model_fields)
+def _walk(kind: type[Settings], path: Sequence[Any]) -> tuple[Any, list[str]]:
+    """The type found along an error's path, and the path as a recipe writes it: without the kinds of tagged unions."""
+    inside: Any = kind
+    names: list[str] = []
+    for part in map(str, path):
+        options = _members(inside)
+        tagged = [option for option in options if _tags(option) == part]
+        if tagged and len(options) > 1:
+            inside = tagged[0]
+            continue
+        names.append(part)
+        field = options[0].model_fields.get(part) if len(options) == 1 else None
+        of_field = None if field is None else field.annotation
+        inside = get_args(inside)[1] if get_origin(inside) is Mapping else of_field
+    return _members(inside)[0] if len(_members(inside)) == 1 else inside, names
+
+
+def _members(inside: Any) -> list[type[Settings]]:
+    """The settings that a type stands for: one, none, or each of a union."""
+    if isinstance(inside, type) and issubclass(inside, Settings):
+        return [inside]
+    if get_origin(inside) is Mapping:
+        return []
+    return [found for one in get_args(inside) for found in _members(one)]
+
+
+def _tags(inside: Any) -> str:
+    """By which the members of a tagged union are told apart."""
+    fields = [member.model_fields.get("type") for member in _members(inside)]
+    return ", ".join(str(tag) for field in fields if field for tag in get_args(field.annotation))
 
 
 def recipes() -> dict[str, Path]:

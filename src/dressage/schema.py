@@ -28,6 +28,8 @@ class Prompt:
     messages: tuple[Message, ...]
     tokens: tuple[int, ...] = field(default=(), compare=False)
     """The same as the policy's tokenizer and template write it, generation prompt included; empty until encoded."""
+    target: str | None = field(default=None, compare=False)
+    """What the right answer is, where the data say so: for rewards that verify, never shown to the policy."""
 
     @property
     def id(self) -> str:
@@ -127,3 +129,6 @@ class Reward:
 
     total: float
     parts: Mapping[str, float] = field(default_factory=dict)
+    """By name, before their weights."""
+    failed: tuple[str, ...] = ()
+    """Parts that raised, hung or gave no finite number, and stand here with their score on failure."""

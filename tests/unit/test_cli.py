@@ -361,7 +361,8 @@ def test_whole_weights_learn_against_a_reward_model_that_stands_still(
     settings = stages["ppo"]
     assert isinstance(settings, PpoConfig)
     backbone = load_backbone(assemble.learning_model(settings))
-    reward_model, _ = assemble.build_reward_model(settings, backbone, assemble.build_template(settings.model))
+    _, learned = assemble.build_rewards(settings, backbone, assemble.build_template(settings.model))
+    (reward_model,) = learned.values()
     assemble.build_role(backbone, "policy", None, seed=1)
     assert reward_model.backbone is not backbone
     assert not any(parameter.requires_grad for parameter in reward_model.backbone.model.parameters())

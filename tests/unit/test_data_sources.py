@@ -398,6 +398,24 @@ def test_recognised_columns_are_unambiguous() -> None:
         assert next(other for other in FORMATS if other.columns <= form.columns) is form, form.name
 
 
+@pytest.mark.parametrize(
+    ("row", "target"),
+    [
+        ({"question": "How many?", "answer": "3 + 2 = <<3+2=5>>5 \n#### 5"}, "3 + 2 = <<3+2=5>>5 \n#### 5"),
+        ({"prompt": "How many?", "solution": 5}, "5"),
+        ({"prompt": "How many?", "answer": "no", "target": "five"}, "five"),  # the name that says it comes first
+        ({"prompt": "How many?", "target": None, "answer": " 5 "}, "5"),
+        ({"body": "Two apples.", "question": "How many?", "answer": "2 (apples)"}, "2 (apples)"),
+        ({"prompt": "How many?", "completion": "5"}, None),
+        ({"prompt": "How many?", "target": True}, None),
+        ({"prompt": "How many?", "target": ["5"]}, None),
+        ({"prompt": "How many?", "target": "  "}, None),
+    ],
+)
+def test_a_prompt_brings_its_target(row: object, target: str | None, write: Write) -> None:
+    assert [prompt.target for prompt in read_prompts(write(row)).records] == [target]
+
+
 # --- broken rows ------------------------------------------------------------------------------------------------------
 
 GOOD = {"prompt": "a", "chosen": "b", "rejected": "c"}

@@ -29,7 +29,7 @@ from dressage.training.optimizer import Optimizer
 from dressage.training.trainer import _learn
 from dressage.training.update import Learner
 
-ONLINE = [name for name in recipes() if read_yaml(name).get("kind") == "ppo"]
+ONLINE = [name for name in recipes() if read_yaml(name).get("kind") == "ppo" and "rewards" not in read_yaml(name)]
 NAMES = ["Ann", "Ben", "Cem", "Dao", "Eva", "Fay", "Gus", "Hal", "Ida", "Jon", "Kim", "Lea"]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from dressage.schema import Demonstration, Message, Prompt, Ranking, Rating, Role
@@ -417,6 +417,23 @@ def _judged(row: Row) -> Prompt:
     if not found:
         raise BadRow("no instruction inside the judge's task")
     return Prompt.of(_filled(found[1], "prompt"))
+
+
+TARGETS = ("target", "answer", "solution", "ground_truth")
+"""Columns that may hold what the right answer is, the first that does."""
+
+
+def aimed(prompts: Prompts) -> Prompts:
+    """The same prompts with the row's target, where it has one: a text or a number."""
+
+    def parse(row: Row) -> Iterator[Prompt]:
+        held = next((row[name] for name in TARGETS if row.get(name) is not None), None)
+        plain = isinstance(held, str | int | float) and not isinstance(held, bool)
+        target = str(held).strip() if plain else ""
+        for prompt in prompts(row):
+            yield replace(prompt, target=target or None)
+
+    return parse
 
 
 # --- the table --------------------------------------------------------------------------------------------------------

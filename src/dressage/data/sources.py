@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Generic, Literal, TypeVar, cast
 
-from dressage.data.formats import FORMATS, BadRow, Format
+from dressage.data.formats import FORMATS, BadRow, Format, aimed
 from dressage.errors import DataError
 from dressage.schema import Demonstration, Prompt, Ranking, Rating
 
@@ -76,7 +76,10 @@ def read_ratings(source: str, *, on_bad_row: OnBadRow = "error", limit: int | No
 
 
 def read_prompts(source: str, *, on_bad_row: OnBadRow = "error", limit: int | None = None) -> Loaded[Prompt]:
-    """What is to be answered, at most `limit`, each once; demonstrations and rankings give their prompts."""
+    """What is to be answered, at most `limit`, each once, with its target where the row has one (as GSM8K's answer).
+
+    Demonstrations and rankings give their prompts.
+    """
     return cast(Loaded[Prompt], _read(source, "prompts", on_bad_row, limit))
 
 
@@ -84,7 +87,7 @@ def _read(source: str, kind: Kind, on_bad_row: OnBadRow, limit: int | None) -> L
     rows = _rows(source)
     head = list(islice(rows, _PROBED_ROWS))
     form = _recognise(source, kind, [row for _, row in head])
-    parse = getattr(form, kind)
+    parse = aimed(form.prompts) if kind == "prompts" else getattr(form, kind)
     records: dict[object, None] = {}  # in order, each once
     dropped: list[Dropped] = []
     count = 0

@@ -155,7 +155,7 @@ def load_head(folder: Path, backbone: Backbone) -> ScalarHead | None:
 
 
 def load_reward_model(
-    folder: Path, backbone: Backbone | None = None, backbone_config: ModelConfig | None = None
+    folder: Path, backbone: Backbone | None = None, backbone_config: ModelConfig | None = None, name: str = "reward"
 ) -> Role:
     """A reward model: on the given backbone if it was trained on that very one, else with its own weights."""
     if not (folder / ROLE_FILE).is_file():
@@ -168,7 +168,7 @@ def load_reward_model(
         own = load_backbone(model)
         return Role(own, None, load_head(folder, own), meta["depth"])
     if backbone is not None and backbone_config is not None and same_base(model, backbone_config):
-        return load_role(folder, backbone, "reward")
+        return load_role(folder, backbone, name)
     return load_role(folder, load_backbone(model), "reward")
 
 

@@ -82,6 +82,7 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
     "reward/score_std": (1e-3, 0.0),  # below
     "reward/clipped_share": (0.1, 0.5),
     "reward/length_correlation": (0.5, math.inf),  # either way; length may be what people want
+    "reward/failed_share": (0.0, 0.5),
     "kl/reference_per_answer": (2, 4),  # times the target
     "kl/update_approx": (0.02, 0.1),
     "clip/share": (0.3, 0.6),
@@ -269,6 +270,16 @@ def _groups(history: History, values: list[float]) -> Finding:
     return level, recent, "the answers to most prompts all score the same, and teach nothing"
 
 
+def _failed(history: History, values: list[float]) -> Finding:
+    # A failure that is over still lies in what was learnt: it warns to the end, and only a recent one stops.
+    recent, worst = _recent(values), max(values)
+    warn, stop = history.bounds("reward/failed_share")
+    if worst <= warn:
+        return "ok", recent, "every part graded every answer"
+    level: Level = "stop" if recent > stop else "warn"
+    return level, worst, "at worst so many answers of a step met a part that failed; they learn its failure"
+
+
 def _kl_reference(history: History, values: list[float]) -> Finding:
     aim = {"proportional": "kl.target_per_answer", "band": "kl.high_per_answer"}.get(history.text("kl.controller"))
     target = history.number(aim, 10.0) if aim else 10.0
@@ -383,6 +394,7 @@ CHECKS: Mapping[str, tuple[Check, ...]] = {
             "reward/length_correlation", _score_length, "rank answers of all lengths, if length is not what people want"
         ),
         Check("groups/alike_share", _groups, "raise rollout.temperature, or choose prompts of middling difficulty"),
+        Check("reward/failed_share", _failed, "mend the part that the warning names, or raise its timeout_seconds"),
         Check("kl/reference_per_answer", _kl_reference, "raise kl.coef, or lower optimizer.learning_rate"),
         Check("kl/update_approx", _kl_update, "optimizer.learning_rate and reuse: lower them if it is too large"),
         Check("clip/share", _clipped, "lower optimizer.learning_rate or reuse"),

@@ -107,8 +107,8 @@ _TABLE = (
     Metric(
         "reward/score_mean",
         "",
-        "The reward model's score of a step's answers, scaled so that the starting model's answers have mean 0 and "
-        "deviation 1.",
+        "The score of a step's answers: the reward model's, scaled so that the starting model's answers have mean 0 "
+        "and deviation 1, or the weighted sum of the reward's parts.",
         "rises",
     ),
     Metric(
@@ -136,6 +136,14 @@ _TABLE = (
         "",
         "The score less the price of moving away from the starting model (KL) and of being cut off: what is maximised.",
         "rises",
+    ),
+    Metric(
+        "reward/failed_share",
+        "share",
+        "Answers that some part of the reward could not grade: it raised, hung or gave no finite number. They have "
+        "that part's score on failure, and learning goes on.",
+        "0 %; the first failure of each part is told on the screen, with its reason",
+        decimals=1,
     ),
     Metric(
         "gold/mean",
@@ -275,6 +283,18 @@ _TABLE = (
 METRICS: Mapping[str, Metric] = {metric.name: metric for metric in _TABLE}
 
 
+PART = "reward/part/"
+"""Before the name of a part of the reward, which a recipe gives."""
+
+
 def metric(name: str) -> Metric:
     """The row of this name; a name the table does not have is shown without explanation."""
+    if name.startswith(PART):
+        meaning = f"Mean score of a step's answers by the reward's part {name.removeprefix(PART)!r}, before its weight."
+        return Metric(name, "", meaning, "rises, unless its weight is negative")
     return METRICS.get(name) or Metric(name, "", "")
+
+
+def declared(name: str) -> bool:
+    """Is it in the table, or one of a recipe's own parts?"""
+    return name in METRICS or name.startswith(PART)

@@ -10,7 +10,7 @@ from typing import Any
 from dressage.errors import DataError
 from dressage.monitor.curves import curves_section
 from dressage.monitor.health import Level, Verdict, verdicts
-from dressage.monitor.metrics import METRICS, metric
+from dressage.monitor.metrics import metric
 from dressage.monitor.page import CHINESE, Html, Language, Say, el, join, page
 from dressage.monitor.run_folder import Stage, logged, number, read_json, read_stages, says_simulated
 from dressage.monitor.writers import clock, write_whole
@@ -317,7 +317,7 @@ def _level_chip(level: Level, say: Say, more: str = "") -> Html:
 def _glossary(stages: Sequence[Stage], say: Say) -> Html:
     entries: list[Html] = []
     for name in logged(stages):
-        if row := METRICS.get(name):
+        if (row := metric(name)).meaning:
             healthy = el("span.dim", f" {say('Healthy')}: {row.healthy}.") if row.healthy else Html()
             entries += [el("dt", el("code", name), el("span.dim", f" {row.unit}")), el("dd", row.meaning, healthy)]
     return join(el("h2", say("What the numbers mean")), el("div.card", el("dl", *entries))) if entries else Html()

@@ -1,4 +1,4 @@
-"""Rollouts to rewards by a learned reward model."""
+"""Rollouts to rewards by learned reward models, one or several."""
 
 from __future__ import annotations
 
@@ -38,14 +38,28 @@ class LearnedReward:
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Reward]:
         """The model's normalised score is the whole reward."""
-        scores = score_rows(self.role, [self._tokens(rollout) for rollout in rollouts])
-        return [Reward(score, {"model": score}) for score in scores.tolist()]
+        return [Reward(score, {"model": score}) for score in self.grade(rollouts)]
+
+    def grade(self, rollouts: Sequence[Rollout]) -> list[float]:
+        """The model's normalised score of each answer."""
+        scores: list[float] = score_rows(self.role, [self._tokens(rollout) for rollout in rollouts]).tolist()
+        return scores
 
     def _tokens(self, rollout: Rollout) -> Sequence[int]:
         if self.template is None:
             return (*rollout.prompt.tokens, *rollout.completion.tokens)
         finished = rollout.completion.finish == "stop"
         return self.template.encode_answer(rollout.prompt, rollout.text, finished).tokens
+
+
+def pessimistic(members: Sequence[LearnedReward], uncertainty_coef: float, rollouts: Sequence[Rollout]) -> list[float]:
+    """Mean of the members' scores less `uncertainty_coef` times their population deviation.
+
+    Where members disagree an answer is unlike what they learnt from (after Coste et al. 2023, who price the variance).
+    """
+    scores = torch.tensor([member.grade(rollouts) for member in members], dtype=torch.float64)
+    prudent: list[float] = (scores.mean(0) - uncertainty_coef * scores.std(0, correction=0)).tolist()
+    return prudent
 
 
 @torch.no_grad()

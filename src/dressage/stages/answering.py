@@ -40,7 +40,7 @@ def sample(config: SampleConfig, folder: Path, console: Console | None) -> None:
     if config.reward_model is not None:
         # A policy that is switched on and off is not the model of the settings.
         backbone = role.backbone if reference is None else None
-        _, scorer = assemble.build_judge(config.reward_model, config.model, backbone, template)
+        scorer = assemble.build_reward_model(config.reward_model, config.model, backbone, template)
     drawn = config.answers_per_prompt * config.best_of
     asked = [prompt for prompt in rows.train for _ in range(drawn)]
     with Progress(console=console or Console(quiet=True), transient=True) as progress:

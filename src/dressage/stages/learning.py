@@ -129,7 +129,7 @@ def _referenced(rows: Sequence[Any], reference: Role, folder: Path, console: Con
 
 
 def ppo(config: PpoConfig, folder: Path, console: Console | None) -> None:
-    """Prompts and a reward model -> a policy that earns more: folder/policy."""
+    """Prompts and rewards -> a policy that earns more: folder/policy."""
     row = online_algorithm(config)
     template = assemble.build_template(config.model)
     rows = assemble.build_rows("prompts", config.prompts, template, config.seed)
@@ -143,9 +143,10 @@ def ppo(config: PpoConfig, folder: Path, console: Console | None) -> None:
             config.seed,
         )
     note(folder, rows.notes, console)
+    assemble.check_rewards(config, rows.train)
     backbone = load_backbone(assemble.learning_model(config))
-    reward_model, scorer = assemble.build_reward_model(config, backbone, template)
-    value = assemble.build_value(row, config, reward_model)
+    scorer, learned = assemble.build_rewards(config, backbone, template)
+    value = assemble.build_value(row, config, learned)
     trunk = ScalarHead(backbone.width) if value is None and "value" in row.roles else None
     policy = assemble.build_role(backbone, "policy", config.lora, seed=config.seed, head=trunk)
     assert config.training.steps is not None

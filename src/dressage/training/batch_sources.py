@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -32,6 +33,7 @@ from dressage.experience.build import ExperienceReport, Samples, build_experienc
 from dressage.models.roles import Role
 from dressage.models.scoring import score_tokens, score_values
 from dressage.monitor.diversity import distinct
+from dressage.monitor.metrics import PART
 from dressage.rewards.learned import Scorer
 from dressage.rollout.engine import Engine
 from dressage.schema import Prompt, Reward, Rollout, Sampling
@@ -141,12 +143,16 @@ class RolloutSource:
             baseline=self._greedy_scores(step, rollouts) if self.algorithm.greedy_baseline else None,
             **self._lengths_price,
         )
-        metrics = _measures(report) | {
-            "distinct/share": distinct(rollout.text for rollout in rollouts),
-            "kl/coef": self.kl_coef,
-            "time/rollout_seconds": drawn.seconds,
-            "time/score_seconds": time.perf_counter() - began - drawn.seconds,
-        }
+        metrics = (
+            _measures(report)
+            | _parts(rewards)
+            | {
+                "distinct/share": distinct(rollout.text for rollout in rollouts),
+                "kl/coef": self.kl_coef,
+                "time/rollout_seconds": drawn.seconds,
+                "time/score_seconds": time.perf_counter() - began - drawn.seconds,
+            }
+        )
         if values is not None:
             metrics["value/explained_variance"] = report.explained_variance
         if config.rollout.answers_per_prompt > 1:
@@ -353,6 +359,13 @@ def _measures(report: ExperienceReport) -> dict[str, float]:
         "length/mean_tokens": report.mean_tokens,
         "engine/max_logprob_difference": report.engine_max_difference,
     }
+
+
+def _parts(rewards: Sequence[Reward]) -> dict[str, float]:
+    """Each part's mean where there are several, and how many answers one could not grade."""
+    means = {PART + name: fmean(reward.parts[name] for reward in rewards) for name in rewards[0].parts}
+    failed = fmean(bool(reward.failed) for reward in rewards)
+    return {"reward/failed_share": failed} | (means if len(means) > 1 else {})
 
 
 def _totals(rewards: Sequence[Reward]) -> PerSequence:

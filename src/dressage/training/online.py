@@ -33,6 +33,11 @@ def online_algorithm(config: PpoConfig) -> Algorithm:
             " rollout.answers_per_prompt=1 has no others to compare with; set it to 2 or more"
         )
     if "value" in row.roles:
+        if config.value.start == "reward" and not config.reward_models:
+            raise ConfigError(
+                'value.start="reward" begins the critic as a reward model, and rewards has no part of type model or'
+                ' ensemble; set value.start="zero"'
+            )
         if config.value.start == "reward" and config.lora is None:
             raise ConfigError('value.start="reward" needs lora: with full weights set value.start="zero"')
         if config.value.start == "zero" and settings.max_kl is not None:

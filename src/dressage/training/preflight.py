@@ -58,6 +58,8 @@ from dressage.training.online import learnt_answers, online_algorithm, online_se
 Records = Literal["demonstrations", "rankings", "ratings", "prompts"]
 Read = Callable[[Records, DataConfig, ModelConfig, int], Any]
 """Reads, splits and encodes records: an object with `train` and `heldout`."""
+Check = Callable[[PpoConfig, Sequence[Any]], None]
+"""Tries the reward's parts on the prompts; an error if the run would earn nothing from one."""
 Said = dict[str, str]
 
 PROCESS_BYTES = 0.43e9
@@ -140,8 +142,9 @@ class Row(NamedTuple):
 class Foresight:
     """Looks at stages in order; what an earlier one will make is known to a later one by its settings."""
 
-    def __init__(self, read: Read) -> None:
+    def __init__(self, read: Read, check: Check) -> None:
         self.read = read
+        self.check = check
         self.made: dict[Path, Settings] = {}
         self.seconds: list[float] = []
         self.memory: list[float] = []
@@ -218,11 +221,17 @@ class Foresight:
         rollout, training = config.rollout, config.training
         prompts, _, known = self._rows("prompts", config.prompts, config.model, config.seed)
         shape = shape_of(self._model(config.model))
-        depth, reward_lora = self._reward_model(config.reward_model)
-        policy, judge = Reader(shape, config.lora), Reader(shape, reward_lora, depth)
         row = online_algorithm(config)
+        if known:
+            self.check(config, self.read("prompts", config.prompts, self._model(config.model), config.seed).train)
+        policy = Reader(shape, config.lora)
+        judges = [
+            Reader(shape, lora, depth)
+            for depth, lora in (self._reward_model(folder) for folder in config.reward_models)
+        ]
+        judging = sum(judge.forward for judge in judges)
         settings, own_critic = online_settings(row), "value" in row.roles and config.value.start == "reward"
-        learners = [policy, judge] if own_critic else [policy]
+        learners = [policy, *judges[:1]] if own_critic else [policy]
         answers, steps = rollout.prompts_per_step * rollout.answers_per_prompt, training.steps or 1
         asked = [
             Row((prompts[i].lengths[0] + rollout.max_new_tokens,), rollout.max_new_tokens)
@@ -244,11 +253,11 @@ class Foresight:
         trunk_critic = "value" in row.roles and not own_critic
         scored = 1 if rollout.reuse_engine_logprobs and not trunk_critic else 2
         forward = tokens * policy.forward + new * shape.head
-        flops = forward * (1 + scored) + len(learners) * tokens * judge.forward
+        flops = forward * (1 + scored) + tokens * (judging + sum(learner.forward for learner in learners[1:]))
         if row.greedy_baseline:
-            flops += (forward + tokens * judge.forward) / rollout.answers_per_prompt
+            flops += (forward + tokens * judging) / rollout.answers_per_prompt
         # At most: prompts are drawn again only where answers score the same.
-        flops += settings.redraws * (forward + tokens * judge.forward)
+        flops += settings.redraws * (forward + tokens * judging)
         training_flops = sum(tokens * learner.training for learner in learners) + new * 2 * shape.head
         flops += config.reuse * mean / len(asked) * training_flops
         if settings.full_kl or config.kl.watch_full:

@@ -13,7 +13,7 @@ import torch
 
 from dressage.config import TrainingConfig
 from dressage.errors import CheckpointError, HealthError
-from dressage.monitor.metrics import METRICS
+from dressage.monitor.metrics import declared
 from dressage.monitor.watch import Watch, told
 from dressage.monitor.writers import Monitor, read_metrics
 from dressage.training.checkpoint import Checkpoint, checkpoint_steps, load_checkpoint, save_checkpoint
@@ -112,7 +112,8 @@ def train(
                 done == total_steps or (config.evaluate_every and done % config.evaluate_every == 0)
             ):
                 measured |= evaluate()
-            logged = {NAMES.get(name, name): v for name, v in measured.items() if NAMES.get(name, name) in METRICS}
+            named = {NAMES.get(name, name): value for name, value in measured.items()}
+            logged = {name: value for name, value in named.items() if declared(name)}
             monitor.log(done, logged)
             for sample in round_.samples:
                 monitor.sample(done, sample.prompt, sample.answer, sample.reward, sample.finish)
