@@ -233,6 +233,8 @@ class RewardConfig(StageConfig):
     health: HealthConfig = HealthConfig()
     data: DataConfig
     loss: Literal["log_sig", "log_exp"] = "log_sig"
+    settings: Mapping[str, bool | int | float | str | None] = {}
+    """What differs from the row's own settings: margin, ties ..."""
     normalise_on: str | None = None
     """answers.jsonl of the model to be optimised: scores get mean 0, deviation 1 there; none: on ranked answers."""
     depth: Positive | None = None

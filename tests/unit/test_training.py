@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,22 @@ def test_reward_loss_starts_near_ln_2_and_falls() -> None:
     for _ in range(20):
         learns.update([preference()])
     assert learns.measure(preference())["loss"] < 0.3
+
+
+@pytest.mark.parametrize("settings", [{"ties": "half"}, {"ties": "rao_kupper", "margin": 0.5}])
+def test_ties_that_teach_are_in_the_mean_and_not_in_the_accuracy(settings: dict[str, Any]) -> None:
+    """A prompt whose answers are all tied counts in the loss; how the update is cut changes nothing."""
+    batch = replace(preference(), rank=torch.tensor([0, 1, 2, 3, 1, 1, 0, 1, 1]))
+    whole, cut, plain = learner("reward_log_sig", 10_000), learner("reward_log_sig", 1), learner("reward_log_sig", 1)
+    for learns in (whole, cut):
+        learns.algorithm = learns.algorithm.with_settings(settings)
+    measured = whole.measure(batch)
+    assert cut.measure(batch) == pytest.approx(measured, rel=1e-5)
+    assert measured["accuracy"] == pytest.approx(plain.measure(batch)["accuracy"])
+    assert abs(measured["loss"] - plain.measure(batch)["loss"]) > 1e-4
+    for _ in range(30):
+        whole.update([batch])
+    assert whole.measure(batch)["loss"] < measured["loss"]
 
 
 def test_ptx_is_added_to_the_same_step() -> None:

@@ -53,6 +53,7 @@ def sft(config: SftConfig, folder: Path, console: Console | None) -> None:
 
 def reward(config: RewardConfig, folder: Path, console: Console | None) -> None:
     """Rankings -> a model that scores answers as people rank them: folder/reward."""
+    row = algorithm(f"reward_{config.loss}").with_settings(config.settings)
     template = assemble.build_template(config.model)
     rows = assemble.build_rows("rankings", config.data, template, config.seed)
     note(folder, rows.notes, console)
@@ -60,7 +61,7 @@ def reward(config: RewardConfig, folder: Path, console: Console | None) -> None:
     head = ScalarHead.for_reward(backbone.width, config.seed)
     role = assemble.build_role(backbone, "reward", config.lora, seed=config.seed, head=head, depth=config.depth)
     steps = assemble.total_steps(config.training, len(rows.train))
-    learner = assemble.build_learner(algorithm(f"reward_{config.loss}"), role, config, steps)
+    learner = assemble.build_learner(row, role, config, steps)
 
     def collate(encoded: Sequence[Any]) -> Any:
         return collate_rankings(encoded, template.pad_token)

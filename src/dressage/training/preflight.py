@@ -29,7 +29,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from dressage.algorithms.catalog import preference_algorithm
+from dressage.algorithms.catalog import algorithm, preference_algorithm
 from dressage.algorithms.trust_region import ITERATIONS
 from dressage.batches import RatingBatch
 from dressage.config import (
@@ -179,6 +179,8 @@ class Foresight:
         model = self._model(config.model)
         kind: Records = "demonstrations" if isinstance(config, SftConfig) else "rankings"
         passes = 0  # of the policy as it is found, over all answers: its own reference
+        if isinstance(config, RewardConfig):
+            algorithm(f"reward_{config.loss}").with_settings(config.settings)
         if isinstance(config, DpoConfig):
             row = preference_algorithm(config.algorithm).with_settings(config.settings)
             passes = int("reference" in row.roles)
