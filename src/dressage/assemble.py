@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from dressage.config import (
     SftConfig,
     TrainingConfig,
 )
+from dressage.data.merge import merged
 from dressage.data.order import steps_per_epoch
 from dressage.data.prepare import (
     Prepared,
@@ -91,16 +93,22 @@ def build_rows(kind: Records, data: DataConfig, template: ChatTemplate, seed: in
 def _records(kind: Records, sources: Sequence[str], data: DataConfig, notes: list[str]) -> tuple[Any, ...]:
     readers: dict[Records, Callable[..., Loaded[Any]]] = {
         "demonstrations": read_demonstrations,
-        "rankings": read_rankings,
+        "rankings": partial(read_rankings, repeated=data.merge is not None),
         "ratings": read_ratings,
         "prompts": read_prompts,
     }
+    if data.merge is not None and kind != "rankings":
+        raise ConfigError(f"data.merge={data.merge}: only rankings can be merged, and these are {kind}")
     read = readers[kind]
     records: list[Any] = []
     for source in sources:
         loaded = read(located(source), on_bad_row=data.on_bad_row, limit=data.limit)
         notes.append(f"{source}: {loaded.summary()}")
         records += loaded.records
+    if data.merge is not None and records:
+        of_prompts = merged(records, data.merge)
+        notes.append(f"merged: {len(records)} rankings of {len(of_prompts)} prompts")
+        return of_prompts
     return tuple(records)
 
 

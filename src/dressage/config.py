@@ -96,6 +96,9 @@ class DataConfig(Settings):
     on_too_long: Literal["error", "drop", "cut"] = "drop"
     """cut: the end of the answer is cut and gets no end mark."""
     on_bad_row: Literal["error", "drop"] = "error"
+    merge: Literal["bradley_terry", "elo"] | None = None
+    """Rankings: all judgements of a prompt's answers become one, with a grade for each answer, by Bradley-Terry (order
+    does not matter) or Elo (later ones count more); none: each is learnt by itself."""
 
 
 class RolloutConfig(Settings):
@@ -232,7 +235,8 @@ class RewardConfig(StageConfig):
     kind: Literal["reward"] = "reward"
     health: HealthConfig = HealthConfig()
     data: DataConfig
-    loss: Literal["log_sig", "log_exp"] = "log_sig"
+    loss: Literal["log_sig", "log_exp", "regression"] = "log_sig"
+    """Of every pair of a prompt's answers, under two names; regression: squared error against the answers' grades."""
     settings: Mapping[str, bool | int | float | str | None] = {}
     """What differs from the row's own settings: margin, ties ..."""
     normalise_on: str | None = None

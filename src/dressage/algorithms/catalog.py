@@ -51,7 +51,14 @@ from dressage.algorithms.preference import (
     robust_dpo_loss,
     simpo_loss,
 )
-from dressage.algorithms.reward_modeling import RankingSettings, log_exp, log_sig, ranking_loss
+from dressage.algorithms.reward_modeling import (
+    RankingSettings,
+    RegressionSettings,
+    log_exp,
+    log_sig,
+    ranking_loss,
+    regression_loss,
+)
 from dressage.algorithms.supervised import SupervisedSettings, ptx_loss, supervised_loss
 from dressage.batches import Experience, PreferenceBatch, RatingBatch, SupervisedBatch
 from dressage.errors import ConfigError
@@ -67,7 +74,7 @@ Experience: (TokenScores, values [B, T] or None, batch, settings)
 """
 ModelRole = Literal["reference", "value", "reward"]
 PreferenceSettings = DpoSettings | IpoSettings | KtoSettings | OrpoSettings | SimpoSettings
-Settings = SupervisedSettings | RankingSettings | PreferenceSettings | PolicyGradientSettings
+Settings = SupervisedSettings | RankingSettings | RegressionSettings | PreferenceSettings | PolicyGradientSettings
 
 
 @dataclass(frozen=True)
@@ -215,6 +222,17 @@ ALGORITHMS: Mapping[str, Algorithm] = {
             "For settings that ask for it by this name; it changes nothing.",
         ),
         losses={PreferenceBatch: partial(ranking_loss, pair_loss=log_exp)},
+    ),
+    "reward_regression": replace(
+        REWARD,
+        about=About(
+            "reward model, regression",
+            "(s(answer) - grade)^2, grades standardised, mean over a prompt's answers, then over prompts",
+            "grades: Bradley and Terry 1952, by Hunter 2004; Elo 1978",
+            "Many judgements of the same answers become one grade each (data.merge), or rankings that hold grades.",
+        ),
+        losses={PreferenceBatch: regression_loss},
+        settings=RegressionSettings(),
     ),
     "dpo": DPO,
     "cdpo": replace(

@@ -39,6 +39,11 @@ class RankingSettings:
             raise ConfigError('settings.ties="rao_kupper" needs settings.margin above 0: within it nobody wins')
 
 
+@dataclass(frozen=True, kw_only=True)
+class RegressionSettings:
+    """Learning grades has nothing to choose."""
+
+
 def log_sig(chosen: PerPair, rejected: PerPair, margin: PerPair | float = 0.0) -> PerPair:
     """-log sigmoid(chosen - rejected - margin), in fp32 and without overflow (Ouyang et al. 2022, eq. 1)."""
     return softplus(_shortfall(chosen, rejected, margin))
@@ -99,12 +104,25 @@ def ranking_loss(
 
 
 def learnt_from(batch: PreferenceBatch, settings: object) -> Ints:
-    """The prompt of each value of a row's loss: of every ordered pair, and of the ties behind them if they teach."""
+    """The prompt of each value of a row's loss: of every ordered pair, and of the ties behind them if they teach.
+
+    Of regression, the prompt of every answer.
+    """
+    if isinstance(settings, RegressionSettings):
+        return batch.group
     better, _ = ranking_pairs(batch.group, batch.rank)
     if not isinstance(settings, RankingSettings) or settings.ties == "skip":
         return batch.group[better]
     one, _ = tied_pairs(batch.group, batch.rank)
     return torch.cat([batch.group[better], batch.group[one]])
+
+
+def regression_loss(
+    rewards: PerSequence, batch: PreferenceBatch, settings: RegressionSettings
+) -> dict[str, PerSequence]:
+    """Terms of the loss of every answer: "squared_error" against its grade, in fp32."""
+    assert batch.grade is not None
+    return {"squared_error": (rewards.float() - batch.grade).square()}
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from dressage.algorithms.reward_modeling import affine_normalisation
 from dressage.batches import RatingBatch
 from dressage.config import DpoConfig, PpoConfig, RewardConfig, SftConfig
 from dressage.data.collate import collate_demonstrations, collate_rankings, collate_ratings
+from dressage.data.merge import standardised
 from dressage.models.files import Normalisation, load_backbone, save_role
 from dressage.models.roles import Role, ScalarHead
 from dressage.monitor.watch import Watch
@@ -57,27 +58,32 @@ def reward(config: RewardConfig, folder: Path, console: Console | None) -> None:
     template = assemble.build_template(config.model)
     rows = assemble.build_rows("rankings", config.data, template, config.seed)
     note(folder, rows.notes, console)
+    train_rows, heldout = list(rows.train), list(rows.heldout)
+    if config.loss == "regression":
+        train_rows, heldout = standardised(train_rows, heldout)
     backbone = load_backbone(assemble.learning_model(config))
     head = ScalarHead.for_reward(backbone.width, config.seed)
+    # Pairs do not see a bias; grades do.
+    head.bias.requires_grad_(config.loss == "regression")
     role = assemble.build_role(backbone, "reward", config.lora, seed=config.seed, head=head, depth=config.depth)
-    steps = assemble.total_steps(config.training, len(rows.train))
+    steps = assemble.total_steps(config.training, len(train_rows))
     learner = assemble.build_learner(row, role, config, steps)
 
     def collate(encoded: Sequence[Any]) -> Any:
         return collate_rankings(encoded, template.pad_token)
 
     def measure() -> dict[str, float]:
-        measured = learner.measure(collate(rows.heldout))
+        measured = learner.measure(collate(heldout))
         return {"loss/heldout": measured["loss"], "accuracy/heldout": measured["accuracy"]}
 
-    source = DatasetSource(rows.train, collate, config.training.batch_size, config.seed)
-    _train(source, learner, config, folder, steps, console, measure if rows.heldout else None)
+    source = DatasetSource(train_rows, collate, config.training.batch_size, config.seed)
+    _train(source, learner, config, folder, steps, console, measure if heldout else None)
     assert role.head is not None
     if config.normalise_on is not None:
         rollouts = read_answers(Path(config.normalise_on), template)
         typical = score_rows(role, [(*r.prompt.tokens, *r.completion.tokens) for r in rollouts])
     else:
-        typical = score_rows(role, [answer.tokens for row in rows.train for answer in row.answers])
+        typical = score_rows(role, [answer.tokens for one in train_rows for answer in one.answers])
     gain, bias = (float(value) for value in affine_normalisation(typical))
     role.head.normalise(gain, bias)
     save_role(
@@ -88,8 +94,8 @@ def reward(config: RewardConfig, folder: Path, console: Console | None) -> None:
         normalisation=Normalisation(gain, bias),
         tokenizer=template.tokenizer,
     )
-    if rows.heldout:
-        write_json(folder / "accuracy.json", reward_accuracy(role, rows.train, rows.heldout))
+    if heldout:
+        write_json(folder / "accuracy.json", reward_accuracy(role, train_rows, heldout))
 
 
 def dpo(config: DpoConfig, folder: Path, console: Console | None) -> None:
