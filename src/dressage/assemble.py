@@ -37,7 +37,15 @@ from dressage.data.sources import Loaded, read_demonstrations, read_prompts, rea
 from dressage.data.template import ChatTemplate
 from dressage.errors import ConfigError, DataError
 from dressage.material import path as material_path
-from dressage.models.files import load_backbone, load_head, load_reward_model, same_base, saved_model
+from dressage.models.files import (
+    load_backbone,
+    load_head,
+    load_reward_model,
+    load_role,
+    reward_meta,
+    same_base,
+    saved_model,
+)
 from dressage.models.lora import Backbone
 from dressage.models.pretrained import load_tokenizer
 from dressage.models.roles import Role, ScalarHead
@@ -158,6 +166,40 @@ def build_role(
     else:
         backbone.model.requires_grad_(True)
     return Role(backbone, name if lora else None, head.to(backbone.device) if head else None, depth)
+
+
+def build_reward_role(config: RewardConfig) -> Role:
+    """A reward model that learns: begun anew, or from one that is there already."""
+    model = learning_model(config)
+    if config.start is None:
+        backbone = load_backbone(model)
+        head = ScalarHead.for_reward(backbone.width, config.seed)
+        role = build_role(backbone, "reward", config.lora, seed=config.seed, head=head, depth=config.depth)
+    else:
+        role = _begun(config, Path(config.start), model)
+    assert role.head is not None
+    # Pairs do not see a bias; grades do.
+    role.head.bias.requires_grad_(config.loss == "regression")
+    return role
+
+
+def _begun(config: RewardConfig, folder: Path, model: ModelConfig) -> Role:
+    meta = reward_meta(folder)
+    whole = "lora" not in meta
+    was = ModelConfig(**meta["model"]) if whole else saved_model(folder)
+    if not same_base(was, config.model):
+        raise ConfigError(
+            f"start={config.start}: stands on {was.name} in {was.dtype}, and model.name={config.model.name} in"
+            f" {config.model.dtype}; set the same model"
+        )
+    saved = {"lora": None if whole else LoraConfig(**meta["lora"]), "depth": meta["depth"]}
+    for name, value in saved.items():
+        if getattr(config, name) != value:
+            raise ConfigError(f"start={config.start}: was trained with {name}={value!r}; set {name} to the same")
+    if not whole:
+        return load_role(folder, load_backbone(model), "reward")
+    backbone = load_backbone(model.model_copy(update={"name": str(folder)}))
+    return build_role(backbone, "reward", None, seed=config.seed, head=load_head(folder, backbone), depth=config.depth)
 
 
 def build_engine(kind: Literal["native", "huggingface"], role: Role, template: ChatTemplate, max_batch: int) -> Engine:

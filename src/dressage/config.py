@@ -238,7 +238,10 @@ class RewardConfig(StageConfig):
     loss: Literal["log_sig", "log_exp", "regression"] = "log_sig"
     """Of every pair of a prompt's answers, under two names; regression: squared error against the answers' grades."""
     settings: Mapping[str, bool | int | float | str | None] = {}
-    """What differs from the row's own settings: margin, ties ..."""
+    """What differs from the row's own settings: margin, ties, lm_coef."""
+    start: str | None = None
+    """Folder of a reward model on the same base to go on from: one that has learnt many public comparisons (preference
+    model pretraining, Askell et al. 2021, sec. 4) learns one's own sooner; none: adapter and head begin anew."""
     normalise_on: str | None = None
     """answers.jsonl of the model to be optimised: scores get mean 0, deviation 1 there; none: on ranked answers."""
     depth: Positive | None = None
@@ -249,7 +252,12 @@ class RewardConfig(StageConfig):
     """batch_size counts prompts, each with its K answers."""
 
     @model_validator(mode="after")
-    def _no_dropout(self) -> RewardConfig:
+    def _consistent(self) -> RewardConfig:
+        if self.settings.get("lm_coef") and self.depth is not None:
+            raise ValueError(
+                f"settings.lm_coef imitates with the whole model, and depth={self.depth} reads a part of it; leave out"
+                " one of them"
+            )
         _refuse_dropout(self.lora)
         return self
 

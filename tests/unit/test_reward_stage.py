@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.testing import assert_close
 
 from dressage.assemble import build_rows, build_template
 from dressage.config import DataConfig, ModelConfig
@@ -18,7 +19,9 @@ from dressage.data.merge import merged, standardised
 from dressage.data.prepare import EncodedRanking
 from dressage.data.template import Encoded
 from dressage.errors import ConfigError, DataError
+from dressage.models.files import load_reward_model
 from dressage.monitor.writers import read_metrics
+from dressage.rewards.learned import score_rows
 from dressage.schema import Prompt, Ranking
 
 Command = Callable[..., Any]
@@ -129,10 +132,34 @@ def test_each_way_of_learning_rankings(
     assert dry.exit_code == 0 and "of 3.0 answers" in dry.stdout, dry.output
 
 
+@pytest.mark.parametrize("lora", ["{rank: 2, alpha: 8}", "null"])
+def test_a_reward_model_goes_on_from_another(
+    lora: str, dressage: Command, tiny_model: Path, write_rows: Write, tmp_path: Path
+) -> None:
+    """Pretrained on preferences: what it starts with is what the other one ended with, and it keeps the language."""
+    data = write_rows("rankings.jsonl", ranked())
+    asked = [*small(tiny_model, data), f"lora={lora}", "optimizer.learning_rate=3e-3"]
+    first = [*asked, "settings={lm_coef: 0.5}", "--out", tmp_path / "pmp"]
+    assert (ran := dressage("reward", *first)).exit_code == 0, ran.output + repr(ran.exception)
+    again = [*asked, f"start={tmp_path / 'pmp' / 'reward'}", "optimizer.learning_rate=0", "--out", tmp_path / "same"]
+    assert (ran := dressage("reward", *again)).exit_code == 0, ran.output + repr(ran.exception)
+    weights = "model.safetensors" if lora == "null" else "adapter_model.safetensors"
+    one, other = ((tmp_path / name / "reward" / weights).read_bytes() for name in ("pmp", "same"))
+    assert one == other
+    roles = [load_reward_model(tmp_path / name / "reward") for name in ("pmp", "same")]
+    rows = [[1, 2, 3], [4, 5, 6, 7, 8]]
+    assert_close(score_rows(roles[0], rows), score_rows(roles[1], rows), rtol=0, atol=1e-5)
+    if lora != "null":
+        for changes, message in [(["lora.rank=3"], "lora="), (["depth=1"], "depth=None"), (["lora=null"], "lora=")]:
+            ran = dressage("reward", *again, *changes)
+            assert ran.exit_code != 0 and message in ran.output, ran.output
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (["settings.margni=1"], "margin"),
+        (["settings.lm_coef=1", "depth=1"], r"settings\.lm_coef.*depth=1"),
         (["loss=regression", "settings.margin=1"], r"settings\.margin: unknown"),
     ],
 )

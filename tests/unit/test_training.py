@@ -161,6 +161,20 @@ def test_ties_that_teach_are_in_the_mean_and_not_in_the_accuracy(settings: dict[
     assert whole.measure(batch)["loss"] < measured["loss"]
 
 
+@pytest.mark.parametrize("micro_batch_tokens", [10_000, 1])
+def test_imitation_beside_rankings_is_of_the_best_answers_alone(micro_batch_tokens: int) -> None:
+    """The gradient is the ranking's plus lm_coef times imitation's of the answers of rank 0, here rows 0, 5 and 6."""
+    batch = preference()
+    plain, both = (learner("reward_log_sig", micro_batch_tokens) for _ in range(2))
+    both.algorithm = both.algorithm.with_settings({"lm_coef": 0.5})
+    best = SupervisedBatch(*(value[[0, 5, 6]] for value in (batch.tokens, batch.attention_mask, batch.response_mask)))
+    imitated = gradients(learner("sft", 10_000), [best])
+    alone, added = gradients(plain, [batch]), gradients(both, [batch])
+    for key, gradient in alone.items():
+        assert_close(added[key], gradient + 0.5 * imitated.get(key, torch.tensor(0.0)), rtol=1e-4, atol=1e-6)
+    assert max(gradient.abs().max() for gradient in imitated.values()) > 1e-4
+
+
 def test_ptx_is_added_to_the_same_step() -> None:
     """The gradient with demonstrations is PPO's plus gamma times imitation's."""
     plain, both, imitation = learner("ppo", 10_000), learner("ppo", 10_000), learner("sft", 10_000)

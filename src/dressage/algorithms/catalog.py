@@ -52,8 +52,10 @@ from dressage.algorithms.preference import (
     simpo_loss,
 )
 from dressage.algorithms.reward_modeling import (
+    PairLoss,
     RankingSettings,
     RegressionSettings,
+    imitation_loss,
     log_exp,
     log_sig,
     ranking_loss,
@@ -126,6 +128,11 @@ def _learns(surrogate: Surrogate, kl: Estimator = k2) -> Mapping[type, Loss]:
     return {Experience: partial(policy_loss, surrogate=surrogate, kl=kl), SupervisedBatch: ptx_loss}
 
 
+def _ranks(pair_loss: PairLoss) -> Mapping[type, Loss]:
+    """From rankings, and by imitating their best answers if settings.lm_coef says so."""
+    return {PreferenceBatch: partial(ranking_loss, pair_loss=pair_loss), SupervisedBatch: imitation_loss}
+
+
 REWARD = Algorithm(
     about=About(
         "reward model, log-sigmoid",
@@ -133,7 +140,7 @@ REWARD = Algorithm(
         "Ouyang et al. 2022, eq. 1",
         "Rankings or comparisons to a model that scores answers. All K answers of a prompt go into one update.",
     ),
-    losses={PreferenceBatch: partial(ranking_loss, pair_loss=log_sig)},
+    losses=_ranks(log_sig),
     settings=RankingSettings(),
 )
 
@@ -221,7 +228,7 @@ ALGORITHMS: Mapping[str, Algorithm] = {
             "ColossalChat's name for it",
             "For settings that ask for it by this name; it changes nothing.",
         ),
-        losses={PreferenceBatch: partial(ranking_loss, pair_loss=log_exp)},
+        losses=_ranks(log_exp),
     ),
     "reward_regression": replace(
         REWARD,

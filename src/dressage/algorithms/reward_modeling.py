@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from dressage.batches import Ints, PerSequence, PreferenceBatch, Scalar
+from dressage.algorithms.supervised import negative_log_likelihood
+from dressage.batches import Ints, PerSequence, PerToken, PreferenceBatch, Scalar, SupervisedBatch, TokenScores
 from dressage.errors import ConfigError
 
 PerPair = Tensor
@@ -29,8 +30,12 @@ class RankingSettings:
     ties: Ties = "skip"
     """What a tie teaches. skip: nothing; half: half a win for each; rao_kupper: that the scores lie within the margin.
     """
+    lm_coef: float = 0.0
+    """Weight of imitating the best answers beside the ranking (Askell et al. 2021, sec. 4.1); it keeps the language."""
 
     def __post_init__(self) -> None:
+        if self.lm_coef < 0:
+            raise ConfigError(f"settings.lm_coef={self.lm_coef} must not be negative")
         if self.margin < 0:
             raise ConfigError(f"settings.margin={self.margin} must not be negative")
         if self.ties not in get_args(Ties):
@@ -115,6 +120,19 @@ def learnt_from(batch: PreferenceBatch, settings: object) -> Ints:
         return batch.group[better]
     one, _ = tied_pairs(batch.group, batch.rank)
     return torch.cat([batch.group[better], batch.group[one]])
+
+
+def best_answers(batch: PreferenceBatch) -> SupervisedBatch:
+    """The answers that are better than another to their prompt and worse than none, to be imitated."""
+    better, worse = ranking_pairs(batch.group, batch.rank)
+    best = better.unique()
+    best = best[~torch.isin(best, worse)]
+    return SupervisedBatch(batch.tokens[best], batch.attention_mask[best], batch.response_mask[best])
+
+
+def imitation_loss(scores: TokenScores, batch: SupervisedBatch, settings: RankingSettings) -> dict[str, PerToken]:
+    """Terms of the loss of every token beside a ranking loss: "imitation", lm_coef times its surprise."""
+    return {"imitation": settings.lm_coef * negative_log_likelihood(scores.logprobs)}
 
 
 def regression_loss(

@@ -158,11 +158,7 @@ def load_reward_model(
     folder: Path, backbone: Backbone | None = None, backbone_config: ModelConfig | None = None
 ) -> Role:
     """A reward model: on the given backbone if it was trained on that very one, else with its own weights."""
-    if not (folder / ROLE_FILE).is_file():
-        raise ModelError(f"{folder}: no reward model here (no {ROLE_FILE}); train one with `dressage reward`")
-    meta = _read_json(folder / ROLE_FILE)
-    if meta["kind"] != "reward":
-        raise ModelError(f"{folder}: is a {meta['kind']}, not a reward model")
+    meta = reward_meta(folder)
     model = saved_model(folder)
     if not (folder / ADAPTER_FILE).is_file():
         own = load_backbone(model)
@@ -170,6 +166,16 @@ def load_reward_model(
     if backbone is not None and backbone_config is not None and same_base(model, backbone_config):
         return load_role(folder, backbone, "reward")
     return load_role(folder, load_backbone(model), "reward")
+
+
+def reward_meta(folder: Path) -> dict[str, Any]:
+    """role.json of a reward model; ModelError if the folder holds none."""
+    if not (folder / ROLE_FILE).is_file():
+        raise ModelError(f"{folder}: no reward model here (no {ROLE_FILE}); train one with `dressage reward`")
+    meta = _read_json(folder / ROLE_FILE)
+    if meta["kind"] != "reward":
+        raise ModelError(f"{folder}: is a {meta['kind']}, not a reward model")
+    return meta
 
 
 def same_base(one: ModelConfig, other: ModelConfig) -> bool:

@@ -61,11 +61,7 @@ def reward(config: RewardConfig, folder: Path, console: Console | None) -> None:
     train_rows, heldout = list(rows.train), list(rows.heldout)
     if config.loss == "regression":
         train_rows, heldout = standardised(train_rows, heldout)
-    backbone = load_backbone(assemble.learning_model(config))
-    head = ScalarHead.for_reward(backbone.width, config.seed)
-    # Pairs do not see a bias; grades do.
-    head.bias.requires_grad_(config.loss == "regression")
-    role = assemble.build_role(backbone, "reward", config.lora, seed=config.seed, head=head, depth=config.depth)
+    role = assemble.build_reward_role(config)
     steps = assemble.total_steps(config.training, len(train_rows))
     learner = assemble.build_learner(row, role, config, steps)
 

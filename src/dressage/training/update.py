@@ -13,7 +13,13 @@ from dressage.algorithms.aggregate import Totals, aggregate, aggregate_pairs, co
 from dressage.algorithms.catalog import Algorithm
 from dressage.algorithms.policy_gradient import PolicyGradientSettings, held_back, policy_statistics
 from dressage.algorithms.preference import KtoSettings, log_ratio, rating_statistics, summed_over_answers
-from dressage.algorithms.reward_modeling import learnt_from, ranking_pairs, ranking_statistics
+from dressage.algorithms.reward_modeling import (
+    RankingSettings,
+    best_answers,
+    learnt_from,
+    ranking_pairs,
+    ranking_statistics,
+)
 from dressage.batches import (
     Batch,
     Experience,
@@ -92,6 +98,8 @@ class Learner:
             totals = rankings_total([learnt_from(batch, self.algorithm.settings)])
             ordered = rankings_total([batch.group[better]])
             yield from (self._preference(piece, totals, ordered) for piece in self._pieces(batch, by=batch.group))
+            if isinstance(self.algorithm.settings, RankingSettings) and self.algorithm.settings.lm_coef:
+                yield from self._learn(best_answers(batch))
         elif isinstance(batch, RatingBatch):
             kl = self._kl_of_unrelated(select(batch, batch.rating == 0))
             batch = select(replace(batch, kl=kl.expand(len(batch.rating))), batch.rating != 0)
