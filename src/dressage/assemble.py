@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -34,7 +34,7 @@ from dressage.data.prepare import (
     split,
 )
 from dressage.data.sources import Loaded, read_demonstrations, read_prompts, read_rankings, read_ratings
-from dressage.data.template import ChatTemplate
+from dressage.data.template import READER, ChatTemplate
 from dressage.errors import ConfigError, DataError
 from dressage.material import path as material_path
 from dressage.models.files import (
@@ -42,12 +42,13 @@ from dressage.models.files import (
     load_head,
     load_reward_model,
     load_role,
+    pooling_of,
     reward_meta,
     same_base,
     saved_model,
 )
 from dressage.models.lora import Backbone
-from dressage.models.pretrained import load_tokenizer
+from dressage.models.pretrained import load_tokenizer, model_shape, reads_both_ways
 from dressage.models.roles import Role, ScalarHead
 from dressage.monitor.writers import Monitor
 from dressage.rewards.learned import LearnedReward
@@ -72,9 +73,10 @@ class Rows:
 
 def build_template(model: ModelConfig) -> ChatTemplate:
     """The chat template of a model, as its settings want it."""
-    return ChatTemplate.of(
-        load_tokenizer(model), system=model.system, thinking=model.thinking, template=model.chat_template
-    )
+    tokenizer, source = load_tokenizer(model), model.chat_template
+    if source is None and not tokenizer.chat_template and reads_both_ways(model_shape(model)):
+        source = READER
+    return ChatTemplate.of(tokenizer, system=model.system, thinking=model.thinking, template=source)
 
 
 def build_rows(kind: Records, data: DataConfig, template: ChatTemplate, seed: int) -> Rows:
@@ -171,12 +173,15 @@ def build_role(
 def build_reward_role(config: RewardConfig) -> Role:
     """A reward model that learns: begun anew, or from one that is there already."""
     model = learning_model(config)
+    if config.settings.get("lm_coef") and reads_both_ways(model_shape(model)):
+        raise ConfigError(f"settings.lm_coef imitates answers, and model.name={model.name} is an encoder; set it to 0")
     if config.start is None:
-        backbone = load_backbone(model)
+        backbone = load_backbone(model, to_read=True)
         head = ScalarHead.for_reward(backbone.width, config.seed)
         role = build_role(backbone, "reward", config.lora, seed=config.seed, head=head, depth=config.depth)
     else:
         role = _begun(config, Path(config.start), model)
+    role = replace(role, pooling=config.pooling)
     assert role.head is not None
     # Pairs do not see a bias; grades do.
     role.head.bias.requires_grad_(config.loss == "regression")
@@ -192,13 +197,17 @@ def _begun(config: RewardConfig, folder: Path, model: ModelConfig) -> Role:
             f"start={config.start}: stands on {was.name} in {was.dtype}, and model.name={config.model.name} in"
             f" {config.model.dtype}; set the same model"
         )
-    saved = {"lora": None if whole else LoraConfig(**meta["lora"]), "depth": meta["depth"]}
+    saved = {
+        "lora": None if whole else LoraConfig(**meta["lora"]),
+        "depth": meta["depth"],
+        "pooling": pooling_of(meta),
+    }
     for name, value in saved.items():
         if getattr(config, name) != value:
             raise ConfigError(f"start={config.start}: was trained with {name}={value!r}; set {name} to the same")
     if not whole:
-        return load_role(folder, load_backbone(model), "reward")
-    backbone = load_backbone(model.model_copy(update={"name": str(folder)}))
+        return load_role(folder, load_backbone(model, to_read=True), "reward")
+    backbone = load_backbone(model.model_copy(update={"name": str(folder)}), to_read=True)
     return build_role(backbone, "reward", None, seed=config.seed, head=load_head(folder, backbone), depth=config.depth)
 
 

@@ -12,6 +12,7 @@ Natural = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Above0 = Annotated[float, Field(gt=0)]
+Pooling = Literal["last", "mean"]
 
 
 class Settings(BaseModel):
@@ -230,7 +231,10 @@ class SftConfig(StageConfig):
 
 
 class RewardConfig(StageConfig):
-    """A reward model from rankings."""
+    """A reward model from rankings.
+
+    On any causal model, or an encoder (bert, roberta, deberta); its tokenizer may be another than the policy's.
+    """
 
     kind: Literal["reward"] = "reward"
     health: HealthConfig = HealthConfig()
@@ -246,6 +250,8 @@ class RewardConfig(StageConfig):
     """answers.jsonl of the model to be optimised: scores get mean 0, deviation 1 there; none: on ranked answers."""
     depth: Positive | None = None
     """Read the score after so many layers (a smaller reward model on the same base); none: after all."""
+    pooling: Pooling = "last"
+    """Where the score is read: at the last token, or as the mean over all tokens of prompt and answer."""
     lora: LoraConfig | None = LoraConfig()
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-4)
     training: TrainingConfig = TrainingConfig(batch_size=8)

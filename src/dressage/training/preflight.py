@@ -51,7 +51,7 @@ from dressage.data.sources import read_rankings
 from dressage.errors import DataError
 from dressage.models.files import role_meta
 from dressage.models.lora import Backbone
-from dressage.models.pretrained import compute_dtype, model_shape
+from dressage.models.pretrained import compute_dtype, model_class, model_shape
 from dressage.monitor.writers import clock
 from dressage.training.online import online_algorithm, online_settings
 
@@ -414,11 +414,10 @@ class Foresight:
 @cache
 def shape_of(model: ModelConfig) -> Shape:
     """The sizes of a model, built of nothing but its configuration; no memory is taken for weights."""
-    from transformers import AutoModelForCausalLM
-
     config = model_shape(model)
+    kind, options = model_class(config)
     with torch.device("meta"):
-        built = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+        built = kind.from_config(config, trust_remote_code=model.trust_remote_code, **options)
     backbone, text = Backbone(built), config.get_text_config()
     matrices = [weight.shape for weight in backbone.layers[0].parameters() if weight.dim() == 2]
     per_head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
