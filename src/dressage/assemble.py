@@ -142,13 +142,18 @@ def _prepare(kind: Records, records: Sequence[Any], data: DataConfig, template: 
 
 def learning_model(config: SftConfig | RewardConfig | DpoConfig | PpoConfig) -> ModelConfig:
     """The model as it is loaded to learn: where all weights do, they are float32 (steps get lost in bfloat16)."""
-    if config.lora is not None:
-        return config.model
-    if config.model.dtype == "bfloat16":
+    return _learning(config.model, config.lora)
+
+
+def _learning(model: ModelConfig, lora: LoraConfig | None, section: str = "") -> ModelConfig:
+    if lora is not None:
+        return model
+    if model.dtype == "bfloat16":
         raise ConfigError(
-            "lora=null with model.dtype=bfloat16: whole weights learn in float32; set model.dtype=float32"
+            f"{section}lora=null with {section}model.dtype=bfloat16: whole weights learn in float32; set"
+            f" {section}model.dtype=float32"
         )
-    return config.model.model_copy(update={"dtype": "float32"})
+    return model.model_copy(update={"dtype": "float32"})
 
 
 def build_role(
@@ -273,25 +278,55 @@ def build_preference_algorithm(config: DpoConfig) -> Algorithm:
     return preference_algorithm(config.algorithm).with_settings(config.settings)
 
 
-def build_value(row: Algorithm, config: PpoConfig, reward_model: Role) -> Role | None:
-    """The critic as a role of its own, begun from the reward model. None: a head on the policy's trunk, or nothing."""
-    if "value" not in row.roles or config.value.start == "zero":
+def build_value(
+    row: Algorithm, config: PpoConfig, backbone: Backbone, reward_model: Role, own: ChatTemplate
+) -> tuple[Role, ModelConfig] | None:
+    """The critic as a role of its own, and the model it stands on. None: a head on the policy's trunk, or nothing."""
+    value = config.value
+    if "value" not in row.roles or value.start == "zero":
         return None
-    folder = Path(config.reward_model)
-    if not same_base(saved_model(folder), config.model):
+    if value.start == "reward":
+        return _value_of_reward(Path(config.reward_model), config, backbone, reward_model, own)
+    model = config.model
+    if value.model is not None:
+        model = _learning(value.model, value.lora, "value.")
+        if not _same_words(model, own):
+            raise ConfigError(
+                f"value.model.name={model.name} has another tokenizer than model.name={config.model.name}: the critic"
+                " reads the policy's own tokens; take a model of the same family"
+            )
+        backbone = load_backbone(model)
+    head = ScalarHead(backbone.width)
+    return build_role(backbone, "value", value.lora, seed=config.seed, head=head), model
+
+
+def _value_of_reward(
+    folder: Path, config: PpoConfig, backbone: Backbone, reward_model: Role, own: ChatTemplate
+) -> tuple[Role, ModelConfig]:
+    model = saved_model(folder)
+    if reward_model.backbone is backbone:
+        model = config.model
+    elif reads_both_ways(model_shape(model)) or not _same_words(model, own):
         raise ConfigError(
-            f'value.start="reward": {folder} was trained on another base than model.name={config.model.name};'
-            ' set value.start="zero"'
+            f'value.start="reward": {folder} is an encoder, or has another tokenizer than'
+            f' model.name={config.model.name}; set value.start="zero" or "base"'
         )
-    backbone, name = reward_model.backbone, "value"
-    assert reward_model.adapter is not None
-    backbone.add_adapter(name, backbone.configs[reward_model.adapter][0], depth=reward_model.depth)
-    state = {key: p.detach() for key, p in backbone.adapter_state(reward_model.adapter).items()}
-    backbone.load_adapter_state(name, state, str(folder))
-    head = load_head(folder, backbone)
+    backbone, head = reward_model.backbone, load_head(folder, reward_model.backbone)
     assert head is not None
     head.requires_grad_(True)
-    return Role(backbone, name, head, reward_model.depth)
+    if reward_model.adapter is None:
+        # The reward model itself must stay as it is.
+        backbone = load_backbone(_learning(model, None))
+        return build_role(backbone, "value", None, seed=config.seed, head=head, depth=reward_model.depth), model
+    lora = backbone.configs[reward_model.adapter][0]
+    role = build_role(backbone, "value", lora, seed=config.seed, head=head, depth=reward_model.depth)
+    state = {key: p.detach() for key, p in backbone.adapter_state(reward_model.adapter).items()}
+    backbone.load_adapter_state("value", state, str(folder))
+    return role, model
+
+
+def _same_words(model: ModelConfig, own: ChatTemplate) -> bool:
+    return bool(load_tokenizer(model).get_vocab() == own.tokenizer.get_vocab())
 
 
 def build_reward_model(config: PpoConfig, backbone: Backbone, own: ChatTemplate) -> tuple[Role, LearnedReward]:

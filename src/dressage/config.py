@@ -131,12 +131,31 @@ class RolloutConfig(Settings):
 class ValueConfig(Settings):
     """The critic, for algorithms that have one."""
 
-    start: Literal["reward", "zero"] = "reward"
-    """reward: its own adapter and head, begun from the reward model's; zero: a head of zeros on the policy's trunk."""
+    start: Literal["reward", "zero", "base"] = "reward"
+    """reward: adapter (or weights) and head of its own, begun from the reward model's; zero: a head of zeros on the
+    policy's trunk; base: an adapter of its own and a head of zeros on the policy's base, or on `model`."""
+    model: ModelConfig | None = None
+    """base: another causal model with the same tokenizer, a smaller one perhaps, for the critic alone."""
+    lora: LoraConfig | None = LoraConfig()
+    """base: of the critic's adapter; none: all weights of `model` learn."""
     learning_rate: NonNegative | None = None
     """Of the critic; none: the policy's."""
     warmup_steps: Natural = 0
     """First steps in which only the critic learns."""
+
+    @model_validator(mode="after")
+    def _one_kind_of_critic(self) -> ValueConfig:
+        if self.start != "base" and self.model is not None:
+            raise ValueError(
+                f'value.model with value.start="{self.start}": a model of its own needs value.start="base"'
+            )
+        if self.start != "base" and self.lora != LoraConfig():
+            raise ValueError(
+                f'value.lora with value.start="{self.start}": only a critic with value.start="base" chooses its adapter'
+            )
+        if self.start == "base" and self.lora is None and self.model is None:
+            raise ValueError("value.lora=null without value.model: all weights of the shared base would learn")
+        return self
 
 
 class KlConfig(Settings):
@@ -342,12 +361,15 @@ class PpoConfig(StageConfig):
         if self.ptx is None and self.settings.get("ptx_coef"):
             raise ValueError("settings.ptx_coef needs ptx.data: which demonstrations to learn beside the reward")
         if self.value.start == "zero" and self.value.warmup_steps:
-            raise ValueError('value.warmup_steps needs a critic with weights of its own: value.start="reward"')
+            raise ValueError(
+                'value.warmup_steps needs a critic with weights of its own: value.start="reward" or "base"'
+            )
         if self.truncated == "soft" and self.soft_tokens > self.rollout.max_new_tokens:
             raise ValueError(
                 f"soft_tokens={self.soft_tokens} is more than rollout.max_new_tokens={self.rollout.max_new_tokens}"
             )
         _refuse_dropout(self.lora)
+        _refuse_dropout(self.value.lora, "value.lora")
         return self
 
 
@@ -437,6 +459,6 @@ class PipelineConfig(Settings):
     """Each by name, with its kind and settings; null leaves out a stage of the recipe below."""
 
 
-def _refuse_dropout(lora: LoraConfig | None) -> None:
+def _refuse_dropout(lora: LoraConfig | None, name: str = "lora") -> None:
     if lora is not None and lora.dropout > 0:
-        raise ValueError(f"lora.dropout={lora.dropout} must be 0 here: dropout breaks the ratio and the margins")
+        raise ValueError(f"{name}.dropout={lora.dropout} must be 0 here: dropout breaks the ratio and the margins")

@@ -148,7 +148,8 @@ def ppo(config: PpoConfig, folder: Path, console: Console | None) -> None:
     note(folder, rows.notes, console)
     backbone = load_backbone(assemble.learning_model(config))
     reward_model, scorer = assemble.build_reward_model(config, backbone, template)
-    value = assemble.build_value(row, config, reward_model)
+    critic = assemble.build_value(row, config, backbone, reward_model, template)
+    value = None if critic is None else critic[0]
     trunk = ScalarHead(backbone.width) if value is None and "value" in row.roles else None
     policy = assemble.build_role(backbone, "policy", config.lora, seed=config.seed, head=trunk)
     assert config.training.steps is not None
@@ -171,8 +172,8 @@ def ppo(config: PpoConfig, folder: Path, console: Console | None) -> None:
     whole = online_settings(row).full_kl or config.kl.watch_full
     learner = assemble.build_learner(row, policy, config, updates, value=value, reference=reference if whole else None)
     _train(source, learner, config, folder, steps, console)
-    if value is not None:
-        save_role(folder / "value", value, "value", config.model)
+    if critic is not None:
+        save_role(folder / "value", critic[0], "value", critic[1], tokenizer=template.tokenizer)
     save_role(folder / "policy", policy, "policy", config.model, tokenizer=template.tokenizer)
 
 

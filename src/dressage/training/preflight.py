@@ -49,7 +49,7 @@ from dressage.config import (
 from dressage.data.order import batch_indices, length_sorted_chunks, steps_per_epoch
 from dressage.data.sources import read_rankings
 from dressage.errors import DataError
-from dressage.models.files import role_meta
+from dressage.models.files import role_meta, saved_model
 from dressage.models.lora import Backbone
 from dressage.models.pretrained import compute_dtype, model_class, model_shape
 from dressage.monitor.writers import clock
@@ -220,11 +220,23 @@ class Foresight:
         rollout, training = config.rollout, config.training
         prompts, _, known = self._rows("prompts", config.prompts, config.model, config.seed)
         shape = shape_of(self._model(config.model))
-        depth, reward_lora = self._reward_model(config.reward_model)
-        policy, judge = Reader(shape, config.lora), Reader(shape, reward_lora, depth)
+        judged_by, depth, reward_lora = self._reward_model(config.reward_model)
+        policy, judge = Reader(shape, config.lora), Reader(shape_of(self._model(judged_by)), reward_lora, depth)
         row = online_algorithm(config)
-        settings, own_critic = online_settings(row), "value" in row.roles and config.value.start == "reward"
-        learners = [policy, judge] if own_critic else [policy]
+        settings, own_critic = online_settings(row), "value" in row.roles and config.value.start != "zero"
+        # Models in memory beside the policy's base and its copy.
+        others = [] if config.lora is not None and _one_base(judged_by, config.model) else [judge.shape]
+        learners = [policy]
+        if own_critic:
+            critic = judge
+            if config.value.start == "base":
+                critic = Reader(shape, config.value.lora)
+                if config.value.model is not None:
+                    critic = Reader(shape_of(self._model(config.value.model)), config.value.lora)
+            if config.value.model is not None or critic.lora is None:
+                others.append(critic.shape)
+            learners.append(critic)
+        read = judge.forward + sum(learner.forward for learner in learners[1:])
         answers, steps = rollout.prompts_per_step * rollout.answers_per_prompt, training.steps or 1
         size = config.minibatch_size or answers
         asked = [
@@ -238,7 +250,7 @@ class Foresight:
         trunk_critic = "value" in row.roles and not own_critic
         scored = 1 if rollout.reuse_engine_logprobs and not trunk_critic else 2
         forward = tokens * policy.forward + new * shape.head
-        flops = forward * (1 + scored) + len(learners) * tokens * judge.forward
+        flops = forward * (1 + scored) + tokens * read
         if row.greedy_baseline:
             flops += (forward + tokens * judge.forward) / rollout.answers_per_prompt
         # At most: prompts are drawn again only where answers score the same.
@@ -268,7 +280,9 @@ class Foresight:
             f" {answers} answers of at most {rollout.max_new_tokens} tokens{again}; {updates} updates a round"
             f" ({config.reuse} x {answers} / {size}), each in {_pieces(cut)} of at most {most} padded tokens;"
             f" {tokens} tokens a round{ptx}",
-            **self._taken(shape, steps * flops, learners, micro_batch=most, cached=cached, copies=copies),
+            **self._taken(
+                shape, steps * flops, learners, micro_batch=most, cached=cached, copies=copies, others=others
+            ),
         }
 
     def _sample(self, config: SampleConfig) -> Said:
@@ -292,7 +306,7 @@ class Foresight:
         if config.reward_model is None:
             return said
         shape = shape_of(self._model(config.model))
-        depth, lora = self._reward_model(config.reward_model)
+        _, depth, lora = self._reward_model(config.reward_model)
         tokens = sum(self._tokens(path) for path in (config.before, config.after))
         return said | self._taken(shape, tokens * Reader(shape, lora, depth).forward)
 
@@ -305,11 +319,16 @@ class Foresight:
         micro_batch: int = 0,
         cached: int = 0,
         copies: int = 1,
+        others: Sequence[Shape] = (),
     ) -> Said:
-        """Memory and time in words, remembered for the sum. `cached`: tokens whose keys and values are kept."""
+        """Memory and time in words, remembered for the sum.
+
+        `cached`: tokens whose keys and values are kept; `others`: models in memory beside the `copies` of this one.
+        """
         learning = sum(learner.learning for learner in learners)
         # Weights that learn are among the 16 bytes each, and are not counted again.
-        frozen = copies * shape.weights - sum(learner.learning for learner in learners if learner.lora is None)
+        loaded = copies * shape.weights + sum(other.weights for other in others)
+        frozen = loaded - sum(learner.learning for learner in learners if learner.lora is None)
         activations = micro_batch * sum(learner.kept_bytes for learner in learners)
         cache = cached * shape.depth * shape.cached * shape.bytes_each
         logits = LOGITS * CHUNK * shape.vocabulary * 4
@@ -318,7 +337,11 @@ class Foresight:
         seconds = OVERHEAD * flops / speed
         self.memory.append(memory)
         self.seconds.append(seconds)
-        return ({"learns": f"{learning:,} of {shape.weights:,} weights"} if learners else {}) | {
+        return (
+            {"learns": f"{learning:,} of {shape.weights + sum(other.weights for other in others):,} weights"}
+            if learners
+            else {}
+        ) | {
             "memory": f"about {memory / 1e9:.1f} GB",
             "time": f"about {clock(seconds)} ({flops:.1e} operations, products at {speed / 1e9:.0f} GFLOP/s)",
         }
@@ -336,12 +359,13 @@ class Foresight:
         maker = self._maker(model.name)
         return model if maker is None else self._model(model.model_copy(update={"name": maker.model.name}))
 
-    def _reward_model(self, folder: str) -> tuple[int | None, LoraConfig | None]:
+    def _reward_model(self, folder: str) -> tuple[ModelConfig, int | None, LoraConfig | None]:
+        """What it stands on, how many layers it reads, and its adapter."""
         maker = self._maker(folder)
         if maker is not None:
-            return maker.depth, maker.lora
+            return maker.model, maker.depth, maker.lora
         meta = role_meta(Path(folder))
-        return meta["depth"], LoraConfig(**meta["lora"]) if "lora" in meta else None
+        return saved_model(Path(folder)), meta["depth"], LoraConfig(**meta["lora"]) if "lora" in meta else None
 
     def _rows(
         self, kind: Records, data: DataConfig, model: ModelConfig, seed: int
@@ -447,6 +471,11 @@ def product_speed(dtype: torch.dtype, seconds: float = 0.2) -> float:
         # The fastest: the first sets up threads and kernels, others are disturbed.
         fastest = min(fastest, time.perf_counter() - began)
     return 2.0 * 256 * 576 * 1536 / fastest
+
+
+def _one_base(one: ModelConfig, other: ModelConfig) -> bool:
+    """Are these the same weights, as far as names tell? They may not be there yet."""
+    return one.dtype == other.dtype and Path(one.name).resolve() == Path(other.name).resolve()
 
 
 def _row(encoded: Any) -> Row:
