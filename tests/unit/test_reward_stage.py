@@ -35,6 +35,7 @@ def small(model: Path, data: Path) -> list[str]:
         f"model.name={model}",
         f'data.sources=["{data}"]',
         "data.heldout_fraction=0.34",
+        "health.on_alarm=warn",
         "lora={rank: 4, alpha: 8}",
         "optimizer.learning_rate=1e-2",
         "training={epochs: 1, steps: 12, batch_size: 4, micro_batch_tokens: 512}",

@@ -138,7 +138,7 @@ REWARD = Algorithm(
         "reward model, log-sigmoid",
         "-log sigmoid(s(better) - s(worse) - margin), mean over the C(K, 2) pairs of a prompt, then over prompts",
         "Ouyang et al. 2022, eq. 1",
-        "Rankings or comparisons to a model that scores answers. All K answers of a prompt go into one update.",
+        "Rankings or comparisons to a model that scores answers. Margins can grow with grades, and ties can teach.",
     ),
     losses=_ranks(log_sig),
     settings=RankingSettings(),

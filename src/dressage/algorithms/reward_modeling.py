@@ -17,7 +17,7 @@ from dressage.errors import ConfigError
 
 PerPair = Tensor
 PairLoss = Callable[[PerPair, PerPair, PerPair | float], PerPair]
-Ties = Literal["skip", "half", "rao_kupper"]
+Ties = Literal["half", "rao_kupper"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +27,8 @@ class RankingSettings:
     margin: float = 0.0
     """By how much the better answer should win: times the difference of the two answers' grades where they have such
     (Touvron et al. 2023, eq. 2)."""
-    ties: Ties = "skip"
-    """What a tie teaches. skip: nothing; half: half a win for each; rao_kupper: that the scores lie within the margin.
+    ties: Ties | None = None
+    """What a tie teaches. half: it is half a win for each; rao_kupper: the scores lie within the margin; none: nothing.
     """
     lm_coef: float = 0.0
     """Weight of imitating the best answers beside the ranking (Askell et al. 2021, sec. 4.1); it keeps the language."""
@@ -38,7 +38,7 @@ class RankingSettings:
             raise ConfigError(f"settings.lm_coef={self.lm_coef} must not be negative")
         if self.margin < 0:
             raise ConfigError(f"settings.margin={self.margin} must not be negative")
-        if self.ties not in get_args(Ties):
+        if self.ties not in (None, *get_args(Ties)):
             raise ConfigError(f"settings.ties={self.ties!r}: unknown; known: {', '.join(get_args(Ties))}")
         if self.ties == "rao_kupper" and self.margin == 0:
             raise ConfigError('settings.ties="rao_kupper" needs settings.margin above 0: within it nobody wins')
@@ -101,7 +101,7 @@ def ranking_loss(
         # Where nobody said how strongly it won, it won by 1.
         margin = settings.margin * (batch.grade[better] - batch.grade[worse]).nan_to_num(1.0)
     won = pair_loss(rewards[better], rewards[worse], margin)
-    if settings.ties == "skip":
+    if settings.ties is None:
         return {"pair": won}
     one, other = (rewards[rows] for rows in tied_pairs(batch.group, batch.rank))
     tied = half_won(one, other, pair_loss) if settings.ties == "half" else within_margin(one, other, settings.margin)
@@ -116,7 +116,7 @@ def learnt_from(batch: PreferenceBatch, settings: object) -> Ints:
     if isinstance(settings, RegressionSettings):
         return batch.group
     better, _ = ranking_pairs(batch.group, batch.rank)
-    if not isinstance(settings, RankingSettings) or settings.ties == "skip":
+    if not isinstance(settings, RankingSettings) or settings.ties is None:
         return batch.group[better]
     one, _ = tied_pairs(batch.group, batch.rank)
     return torch.cat([batch.group[better], batch.group[one]])
