@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +35,7 @@ from dressage.config import (
     SftConfig,
     TrainingConfig,
 )
+from dressage.data.merge import merged
 from dressage.data.order import steps_per_epoch
 from dressage.data.prepare import (
     Prepared,
@@ -45,12 +46,21 @@ from dressage.data.prepare import (
     split,
 )
 from dressage.data.sources import Loaded, read_demonstrations, read_prompts, read_rankings, read_ratings
-from dressage.data.template import ChatTemplate
+from dressage.data.template import READER, ChatTemplate
 from dressage.errors import ConfigError, DataError
 from dressage.material import path as material_path
-from dressage.models.files import load_backbone, load_head, load_reward_model, same_base, saved_model
+from dressage.models.files import (
+    load_backbone,
+    load_head,
+    load_reward_model,
+    load_role,
+    pooling_of,
+    reward_meta,
+    same_base,
+    saved_model,
+)
 from dressage.models.lora import Backbone
-from dressage.models.pretrained import load_tokenizer
+from dressage.models.pretrained import load_tokenizer, model_shape, reads_both_ways
 from dressage.models.roles import Role, ScalarHead
 from dressage.monitor.writers import Monitor
 from dressage.rewards import verifiers
@@ -86,9 +96,10 @@ class Rows:
 
 def build_template(model: ModelConfig) -> ChatTemplate:
     """The chat template of a model, as its settings want it."""
-    return ChatTemplate.of(
-        load_tokenizer(model), system=model.system, thinking=model.thinking, template=model.chat_template
-    )
+    tokenizer, source = load_tokenizer(model), model.chat_template
+    if source is None and not tokenizer.chat_template and reads_both_ways(model_shape(model)):
+        source = READER
+    return ChatTemplate.of(tokenizer, system=model.system, thinking=model.thinking, template=source)
 
 
 def build_rows(kind: Records, data: DataConfig, template: ChatTemplate, seed: int) -> Rows:
@@ -115,16 +126,22 @@ def build_rows(kind: Records, data: DataConfig, template: ChatTemplate, seed: in
 def _records(kind: Records, sources: Sequence[str], data: DataConfig, notes: list[str]) -> tuple[Any, ...]:
     readers: dict[Records, Callable[..., Loaded[Any]]] = {
         "demonstrations": read_demonstrations,
-        "rankings": read_rankings,
+        "rankings": partial(read_rankings, repeated=data.merge is not None),
         "ratings": read_ratings,
         "prompts": read_prompts,
     }
+    if data.merge is not None and kind != "rankings":
+        raise ConfigError(f"data.merge={data.merge}: only rankings can be merged, and these are {kind}")
     read = readers[kind]
     records: list[Any] = []
     for source in sources:
         loaded = read(located(source), on_bad_row=data.on_bad_row, limit=data.limit)
         notes.append(f"{source}: {loaded.summary()}")
         records += loaded.records
+    if data.merge is not None and records:
+        of_prompts = merged(records, data.merge)
+        notes.append(f"merged: {len(records)} rankings of {len(of_prompts)} prompts")
+        return of_prompts
     return tuple(records)
 
 
@@ -148,13 +165,18 @@ def _prepare(kind: Records, records: Sequence[Any], data: DataConfig, template: 
 
 def learning_model(config: SftConfig | RewardConfig | DpoConfig | PpoConfig) -> ModelConfig:
     """The model as it is loaded to learn: where all weights do, they are float32 (steps get lost in bfloat16)."""
-    if config.lora is not None:
-        return config.model
-    if config.model.dtype == "bfloat16":
+    return _learning(config.model, config.lora)
+
+
+def _learning(model: ModelConfig, lora: LoraConfig | None, section: str = "") -> ModelConfig:
+    if lora is not None:
+        return model
+    if model.dtype == "bfloat16":
         raise ConfigError(
-            "lora=null with model.dtype=bfloat16: whole weights learn in float32; set model.dtype=float32"
+            f"{section}lora=null with {section}model.dtype=bfloat16: whole weights learn in float32; set"
+            f" {section}model.dtype=float32"
         )
-    return config.model.model_copy(update={"dtype": "float32"})
+    return model.model_copy(update={"dtype": "float32"})
 
 
 def build_role(
@@ -174,6 +196,47 @@ def build_role(
     else:
         backbone.model.requires_grad_(True)
     return Role(backbone, name if lora else None, head.to(backbone.device) if head else None, depth)
+
+
+def build_reward_role(config: RewardConfig) -> Role:
+    """A reward model that learns: begun anew, or from one that is there already."""
+    model = learning_model(config)
+    if config.settings.get("lm_coef") and reads_both_ways(model_shape(model)):
+        raise ConfigError(f"settings.lm_coef imitates answers, and model.name={model.name} is an encoder; set it to 0")
+    if config.start is None:
+        backbone = load_backbone(model, to_read=True)
+        head = ScalarHead.for_reward(backbone.width, config.seed)
+        role = build_role(backbone, "reward", config.lora, seed=config.seed, head=head, depth=config.depth)
+    else:
+        role = _begun(config, Path(config.start), model)
+    role = replace(role, pooling=config.pooling)
+    assert role.head is not None
+    # Pairs do not see a bias; grades do.
+    role.head.bias.requires_grad_(config.loss == "regression")
+    return role
+
+
+def _begun(config: RewardConfig, folder: Path, model: ModelConfig) -> Role:
+    meta = reward_meta(folder)
+    whole = "lora" not in meta
+    was = ModelConfig(**meta["model"]) if whole else saved_model(folder)
+    if not same_base(was, config.model):
+        raise ConfigError(
+            f"start={config.start}: stands on {was.name} in {was.dtype}, and model.name={config.model.name} in"
+            f" {config.model.dtype}; set the same model"
+        )
+    saved = {
+        "lora": None if whole else LoraConfig(**meta["lora"]),
+        "depth": meta["depth"],
+        "pooling": pooling_of(meta),
+    }
+    for name, value in saved.items():
+        if getattr(config, name) != value:
+            raise ConfigError(f"start={config.start}: was trained with {name}={value!r}; set {name} to the same")
+    if not whole:
+        return load_role(folder, load_backbone(model, to_read=True), "reward")
+    backbone = load_backbone(model.model_copy(update={"name": str(folder)}), to_read=True)
+    return build_role(backbone, "reward", None, seed=config.seed, head=load_head(folder, backbone), depth=config.depth)
 
 
 def build_engine(kind: Literal["native", "huggingface"], role: Role, template: ChatTemplate, max_batch: int) -> Engine:
@@ -238,28 +301,59 @@ def build_preference_algorithm(config: DpoConfig) -> Algorithm:
     return preference_algorithm(config.algorithm).with_settings(config.settings)
 
 
-def build_value(row: Algorithm, config: PpoConfig, learned: Mapping[str, Role]) -> Role | None:
-    """The critic as a role of its own, begun from the first of the `learned` reward models, by their folders.
+def build_value(
+    row: Algorithm, config: PpoConfig, backbone: Backbone, learned: Mapping[str, Role], own: ChatTemplate
+) -> tuple[Role, ModelConfig] | None:
+    """The critic as a role of its own, and the model it stands on. None: a head on the policy's trunk, or nothing.
 
-    None: a head on the policy's trunk, or nothing.
+    `learned` are the reward models by their folders: the critic may begin as the first.
     """
-    if "value" not in row.roles or config.value.start == "zero":
+    value = config.value
+    if "value" not in row.roles or value.start == "zero":
         return None
-    folder, reward_model = next((Path(name), role) for name, role in learned.items())
-    if not same_base(saved_model(folder), config.model):
+    if value.start == "reward":
+        folder, reward_model = next((Path(name), role) for name, role in learned.items())
+        return _value_of_reward(folder, config, backbone, reward_model, own)
+    model = config.model
+    if value.model is not None:
+        model = _learning(value.model, value.lora, "value.")
+        if not _same_words(model, own):
+            raise ConfigError(
+                f"value.model.name={model.name} has another tokenizer than model.name={config.model.name}: the critic"
+                " reads the policy's own tokens; take a model of the same family"
+            )
+        backbone = load_backbone(model)
+    head = ScalarHead(backbone.width)
+    return build_role(backbone, "value", value.lora, seed=config.seed, head=head), model
+
+
+def _value_of_reward(
+    folder: Path, config: PpoConfig, backbone: Backbone, reward_model: Role, own: ChatTemplate
+) -> tuple[Role, ModelConfig]:
+    model = saved_model(folder)
+    if reward_model.backbone is backbone:
+        model = config.model
+    elif reads_both_ways(model_shape(model)) or not _same_words(model, own):
         raise ConfigError(
-            f'value.start="reward": {folder} was trained on another base than model.name={config.model.name};'
-            ' set value.start="zero"'
+            f'value.start="reward": {folder} is an encoder, or has another tokenizer than'
+            f' model.name={config.model.name}; set value.start="zero" or "base"'
         )
-    backbone, name = reward_model.backbone, "value"
-    assert reward_model.adapter is not None
-    backbone.add_adapter(name, backbone.configs[reward_model.adapter][0], depth=reward_model.depth)
-    state = {key: p.detach() for key, p in backbone.adapter_state(reward_model.adapter).items()}
-    backbone.load_adapter_state(name, state, str(folder))
-    head = load_head(folder, backbone)
+    backbone, head = reward_model.backbone, load_head(folder, reward_model.backbone)
     assert head is not None
     head.requires_grad_(True)
-    return Role(backbone, name, head, reward_model.depth)
+    if reward_model.adapter is None:
+        # The reward model itself must stay as it is.
+        backbone = load_backbone(_learning(model, None))
+        return build_role(backbone, "value", None, seed=config.seed, head=head, depth=reward_model.depth), model
+    lora = backbone.configs[reward_model.adapter][0]
+    role = build_role(backbone, "value", lora, seed=config.seed, head=head, depth=reward_model.depth)
+    state = {key: p.detach() for key, p in backbone.adapter_state(reward_model.adapter).items()}
+    backbone.load_adapter_state("value", state, str(folder))
+    return role, model
+
+
+def _same_words(model: ModelConfig, own: ChatTemplate) -> bool:
+    return bool(load_tokenizer(model).get_vocab() == own.tokenizer.get_vocab())
 
 
 def build_rewards(

@@ -44,6 +44,7 @@ class PreferenceBatch:
     group: Ints  # [N]
     rank: Ints  # [N] 0 is best, equal ranks are a tie
     ref_answer_logprobs: PerSequence | None = None  # [N] of each whole answer; None: no reference
+    grade: PerSequence | None = None  # [N] how good it was found, higher is better, NaN: not said; None: of none said
 
 
 @dataclass(frozen=True)

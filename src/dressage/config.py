@@ -15,6 +15,7 @@ NonNegative = Annotated[float, Field(ge=0)]
 Above0 = Annotated[float, Field(gt=0)]
 HttpUrl = Annotated[str, Field(pattern=r"^https?://[^\s/?#@]+(/\S*)?$")]
 PartName = Annotated[str, Field(pattern=r"^\w[\w-]*$")]
+Pooling = Literal["last", "mean"]
 
 
 class Settings(BaseModel):
@@ -99,6 +100,9 @@ class DataConfig(Settings):
     on_too_long: Literal["error", "drop", "cut"] = "drop"
     """cut: the end of the answer is cut and gets no end mark."""
     on_bad_row: Literal["error", "drop"] = "error"
+    merge: Literal["bradley_terry", "elo"] | None = None
+    """Rankings: all judgements of a prompt's answers become one, with a grade for each answer, by Bradley-Terry (order
+    does not matter) or Elo (later ones count more); none: each is learnt by itself."""
 
 
 class RolloutConfig(Settings):
@@ -139,12 +143,31 @@ class RolloutConfig(Settings):
 class ValueConfig(Settings):
     """The critic, for algorithms that have one."""
 
-    start: Literal["reward", "zero"] = "reward"
-    """reward: its own adapter and head, begun from the reward model's; zero: a head of zeros on the policy's trunk."""
+    start: Literal["reward", "zero", "base"] = "reward"
+    """reward: adapter (or weights) and head of its own, begun from the reward model's; zero: a head of zeros on the
+    policy's trunk; base: an adapter of its own and a head of zeros on the policy's base, or on `model`."""
+    model: ModelConfig | None = None
+    """base: another causal model with the same tokenizer, a smaller one perhaps, for the critic alone."""
+    lora: LoraConfig | None = LoraConfig()
+    """base: of the critic's adapter; none: all weights of `model` learn."""
     learning_rate: NonNegative | None = None
     """Of the critic; none: the policy's."""
     warmup_steps: Natural = 0
     """First steps in which only the critic learns."""
+
+    @model_validator(mode="after")
+    def _one_kind_of_critic(self) -> ValueConfig:
+        if self.start != "base" and self.model is not None:
+            raise ValueError(
+                f'value.model with value.start="{self.start}": a model of its own needs value.start="base"'
+            )
+        if self.start != "base" and self.lora != LoraConfig():
+            raise ValueError(
+                f'value.lora with value.start="{self.start}": only a critic with value.start="base" chooses its adapter'
+            )
+        if self.start == "base" and self.lora is None and self.model is None:
+            raise ValueError("value.lora=null without value.model: all weights of the shared base would learn")
+        return self
 
 
 class KlConfig(Settings):
@@ -402,23 +425,39 @@ class SftConfig(StageConfig):
 
 
 class RewardConfig(StageConfig):
-    """A reward model from rankings."""
+    """A reward model from rankings.
+
+    On any causal model, or an encoder (bert, roberta, deberta); its tokenizer may be another than the policy's.
+    """
 
     kind: Literal["reward"] = "reward"
     health: HealthConfig = HealthConfig()
     data: DataConfig
-    loss: Literal["log_sig", "log_exp"] = "log_sig"
+    loss: Literal["log_sig", "log_exp", "regression"] = "log_sig"
+    """Of every pair of a prompt's answers, under two names; regression: squared error against the answers' grades."""
+    settings: Mapping[str, bool | int | float | str | None] = {}
+    """What differs from the row's own settings: margin, ties, lm_coef."""
+    start: str | None = None
+    """Folder of a reward model on the same base to go on from: one that has learnt many public comparisons (preference
+    model pretraining, Askell et al. 2021, sec. 4) learns one's own sooner; none: adapter and head begin anew."""
     normalise_on: str | None = None
     """answers.jsonl of the model to be optimised: scores get mean 0, deviation 1 there; none: on ranked answers."""
     depth: Positive | None = None
     """Read the score after so many layers (a smaller reward model on the same base); none: after all."""
+    pooling: Pooling = "last"
+    """Where the score is read: at the last token, or as the mean over all tokens of prompt and answer."""
     lora: LoraConfig | None = LoraConfig()
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-4)
     training: TrainingConfig = TrainingConfig(batch_size=8)
     """batch_size counts prompts, each with its K answers."""
 
     @model_validator(mode="after")
-    def _no_dropout(self) -> RewardConfig:
+    def _consistent(self) -> RewardConfig:
+        if self.settings.get("lm_coef") and self.depth is not None:
+            raise ValueError(
+                f"settings.lm_coef imitates with the whole model, and depth={self.depth} reads a part of it; leave out"
+                " one of them"
+            )
         _refuse_dropout(self.lora)
         return self
 
@@ -499,7 +538,9 @@ class PpoConfig(StageConfig):
         if self.ptx is None and self.settings.get("ptx_coef"):
             raise ValueError("settings.ptx_coef needs ptx.data: which demonstrations to learn beside the reward")
         if self.value.start == "zero" and self.value.warmup_steps:
-            raise ValueError('value.warmup_steps needs a critic with weights of its own: value.start="reward"')
+            raise ValueError(
+                'value.warmup_steps needs a critic with weights of its own: value.start="reward" or "base"'
+            )
         if self.truncated == "soft" and self.soft_tokens > self.rollout.max_new_tokens:
             raise ValueError(
                 f"soft_tokens={self.soft_tokens} is more than rollout.max_new_tokens={self.rollout.max_new_tokens}"
@@ -507,6 +548,7 @@ class PpoConfig(StageConfig):
         if (self.reward_model is None) == (not self.rewards):
             raise ValueError("set either reward_model (a folder) or rewards (named parts)")
         _refuse_dropout(self.lora)
+        _refuse_dropout(self.value.lora, "value.lora")
         return self
 
     @property
@@ -632,6 +674,6 @@ class PipelineConfig(Settings):
     """Each by name, with its kind and settings; null leaves out a stage of the recipe below."""
 
 
-def _refuse_dropout(lora: LoraConfig | None) -> None:
+def _refuse_dropout(lora: LoraConfig | None, name: str = "lora") -> None:
     if lora is not None and lora.dropout > 0:
-        raise ValueError(f"lora.dropout={lora.dropout} must be 0 here: dropout breaks the ratio and the margins")
+        raise ValueError(f"{name}.dropout={lora.dropout} must be 0 here: dropout breaks the ratio and the margins")

@@ -65,6 +65,9 @@ class Ranking:
     ranks: tuple[int, ...]
     finished: tuple[bool, ...] = ()
     """False where an answer was cut: such a text gets no end mark. Empty: all are finished."""
+    grades: tuple[float, ...] = ()
+    """How good each answer was found, on any scale, higher is better; two of them differ by how strongly the better
+    one won. Empty: only the order is known."""
 
     @classmethod
     def of_pair(cls, prompt: Prompt, chosen: str, rejected: str) -> Ranking:

@@ -15,7 +15,7 @@ from dressage.errors import ConfigError
 def test_rows_say_what_they_learn_from_and_need() -> None:
     batches = {name: set(row.losses) for name, row in ALGORITHMS.items()}
     assert batches["sft"] == {SupervisedBatch}
-    assert batches["reward_log_sig"] == batches["reward_log_exp"] == {PreferenceBatch}
+    assert batches["reward_log_sig"] == batches["reward_log_exp"] == {PreferenceBatch, SupervisedBatch}
     assert batches["ppo"] == {Experience, SupervisedBatch}
     assert algorithm("ppo").roles == {"reference", "value", "reward"}
     for row in ALGORITHMS.values():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 from math import comb, exp, log
+from typing import Any
 
 import pytest
 import torch
@@ -16,13 +18,16 @@ from dressage.algorithms.aggregate import aggregate_pairs, rankings_total
 from dressage.algorithms.reward_modeling import (
     RankingSettings,
     affine_normalisation,
+    learnt_from,
     log_exp,
     log_sig,
     ranking_loss,
     ranking_pairs,
     ranking_statistics,
+    within_margin,
 )
 from dressage.batches import PreferenceBatch
+from dressage.errors import ConfigError
 
 
 def rankings(group: Tensor, rank: Tensor) -> PreferenceBatch:
@@ -138,6 +143,48 @@ def test_the_margin_is_asked_of_the_better_answer() -> None:
     batch = rankings(tensor([0, 0]), tensor([1, 0]))
     terms = ranking_loss(tensor([0.0, 1.5]), batch, RankingSettings(margin=1.5))
     assert terms["pair"].item() == pytest.approx(log(2), abs=1e-6)
+
+
+def test_a_margin_is_as_wide_as_the_answers_grades_are_apart() -> None:
+    """Grades 5, 4.5 and 2 of one prompt, none of the other, where the margin is plain; all win by it exactly."""
+    group, rank = tensor([0, 0, 0, 1, 1]), tensor([0, 1, 2, 1, 0])
+    grade = tensor([5.0, 4.5, 2.0, float("nan"), float("nan")])
+    batch = replace(rankings(group, rank), grade=grade)
+    settings = RankingSettings(margin=0.4)
+    rewards = tensor([2.0, 1.8, 0.8, 0.1, 0.5])
+    assert_close(ranking_loss(rewards, batch, settings)["pair"], torch.full((4,), log(2)))
+    plain = ranking_loss(rewards, batch, RankingSettings())["pair"]
+    assert_close(plain, log_sig(*(rewards[rows] for rows in ranking_pairs(group, rank))))
+
+
+def test_ties_by_hand() -> None:
+    """Ranked 0 = 1 > 2 and 3 = 4: two ordered pairs, two ties; the tie of the second prompt is all it teaches."""
+    batch = rankings(tensor([0, 0, 0, 1, 1]), tensor([0, 0, 1, 2, 2]))
+    rewards = tensor([1.0, 0.0, -1.0, 0.5, 0.5])
+    half = RankingSettings(ties="half")
+    pairs = ranking_loss(rewards, batch, half)["pair"]
+    expected = [log(1 + exp(-2)), log(1 + exp(-1)), (log(1 + exp(1)) + log(1 + exp(-1))) / 2, log(2)]
+    assert pairs.tolist() == pytest.approx(expected, abs=1e-6)
+    assert learnt_from(batch, half).tolist() == [0, 0, 0, 1]
+    assert learnt_from(batch, RankingSettings()).tolist() == [0, 0]
+    prompt = learnt_from(batch, half)
+    mean = aggregate_pairs(pairs, prompt, rankings_total([prompt]))
+    assert mean.item() == pytest.approx((sum(expected[:3]) / 3 + expected[3]) / 2, abs=1e-6)
+
+
+@given(st.floats(-20, 20), st.floats(0.01, 5))
+def test_winning_losing_and_a_tie_are_all_that_can_be(difference: float, margin: float) -> None:
+    """Rao and Kupper's three probabilities add up to 1, and a tie is likeliest at equal scores."""
+    one, other = tensor(difference, dtype=torch.double), tensor(0.0, dtype=torch.double)
+    parts = log_sig(one, other, margin), log_sig(other, one, margin), within_margin(one, other, margin)
+    assert sum((-part).exp().item() for part in parts) == pytest.approx(1, abs=1e-9)
+    assert within_margin(one, other, margin) >= within_margin(other, other, margin) - 1e-12
+
+
+@pytest.mark.parametrize("changes", [{"ties": "no"}, {"ties": "rao_kupper"}, {"margin": -1.0}])
+def test_settings_that_make_no_sense(changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="settings"):
+        RankingSettings(**changes)
 
 
 def test_accuracy_by_hand() -> None:

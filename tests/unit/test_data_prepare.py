@@ -256,6 +256,9 @@ def test_rankings_by_hand() -> None:
     assert_close(batch.attention_mask.sum(-1), batch.last + 1)
     assert_close(batch.response_mask.sum(-1), batch.last)
     assert_close(batch.tokens[3], torch.tensor([7, 8, END, END]))
+    assert batch.grade is None
+    graded = collate_rankings([rows[0], replace(rows[1], grades=(2.5, 1.0))], pad_token=END).grade
+    assert graded is not None and graded[3:].tolist() == [2.5, 1.0] and bool(graded[:3].isnan().all())
     part = select(batch, torch.tensor([3, 4]))
     assert_close(part.group, torch.tensor([1, 1]))
 

@@ -229,6 +229,46 @@ def test_own_rankings_are_read_to_the_letter(write: Write) -> None:
     assert read_rankings(write(row)).records == (ranking,)
 
 
+GRADED = {
+    "own": (
+        {"prompt": "a", "answers": ["x", "y", "z"], "ranks": [1, 0, 1], "grades": [2, 3.5, 2]},
+        ("x", "y", "z"), (1, 0, 1), (2.0, 3.5, 2.0),
+    ),
+    "UltraFeedback binarized": (
+        {"prompt": "a", "chosen": "x", "rejected": "y", "score_chosen": 8.5, "score_rejected": 6},
+        ("x", "y"), (0, 1), (8.5, 6.0),
+    ),
+    "a margin": (
+        {"prompt": "a", "chosen": "x", "rejected": "y", "margin": 3}, ("x", "y"), (0, 1), (3.0, 0.0),
+    ),
+    "scores that contradict": (
+        {"prompt": "a", "chosen": "x", "rejected": "y", "chosen_score": 1, "rejected_score": 2},
+        ("x", "y"), (0, 1), (),
+    ),
+    "UltraFeedback": (
+        {"instruction": "a",
+         "completions": [{"response": r, "overall_score": s} for r, s in (("x", 7), ("y", 9), ("z", 7))]},
+        ("x", "y", "z"), (1, 0, 1), (7.0, 9.0, 7.0),
+    ),
+    "HelpSteer2, the second": (
+        {"prompt": "a", "response_1": "x", "response_2": "y", "preference_strength": 2}, ("x", "y"), (1, 0), (0.0, 2.0),
+    ),
+    "HelpSteer2, a tie": (
+        {"prompt": "a", "response_1": "x", "response_2": "y", "preference_strength": 0}, ("x", "y"), (0, 0), (0.0, 0.0),
+    ),
+    "HelpSteer3, the first": (
+        {"context": [{"role": "user", "content": "a"}], "response1": "x", "response2": "y", "overall_preference": -1},
+        ("x", "y"), (0, 1), (0.0, -1.0),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", GRADED)
+def test_how_strongly_an_answer_won(case: str, write: Write) -> None:
+    row, answers, ranks, grades = GRADED[case]
+    assert read_rankings(write(row)).records == (Ranking(Prompt.of("a"), answers, ranks, grades=grades),)
+
+
 def test_ratings_and_what_is_worth_imitating_among_them(write: Write) -> None:
     source = write(*({"prompt": "a", "completion": answer, "label": answer == "b"} for answer in "bc"))
     assert read_ratings(source).records == (Rating(Prompt.of("a"), "b", True), Rating(Prompt.of("a"), "c", False))
@@ -458,6 +498,10 @@ BROKEN = [
     (PANDA, PANDA | {"annotator2": True}, "a label that is none of 0, 1, 2"),
     (OWN, OWN | {"ranks": [0]}, "answers, ranks and finished do not match, or fewer than two answers"),
     (OWN, OWN | {"ranks": [0, -1]}, "ranks are not whole numbers from 0, or finished is not true or false"),
+    (OWN, OWN | {"grades": [1]}, "answers and grades do not match"),
+    (OWN, OWN | {"grades": [1, "2"]}, "a grade is text, not a finite number"),
+    (OWN, OWN | {"grades": [1, 2]}, "a worse rank has a higher grade"),
+    (GOOD, GOOD | {"score_chosen": True, "score_rejected": 1}, "score_chosen is a boolean, not a finite number"),
     (OWN, OWN | {"prompt": [{"role": "assistant", "content": "a"}]}, "the prompt does not end with a user's turn"),
 ]  # fmt: skip
 

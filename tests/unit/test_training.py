@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,36 @@ def test_reward_loss_starts_near_ln_2_and_falls() -> None:
     for _ in range(20):
         learns.update([preference()])
     assert learns.measure(preference())["loss"] < 0.3
+
+
+@pytest.mark.parametrize("settings", [{"ties": "half"}, {"ties": "rao_kupper", "margin": 0.5}])
+def test_ties_that_teach_are_in_the_mean_and_not_in_the_accuracy(settings: dict[str, Any]) -> None:
+    """A prompt whose answers are all tied counts in the loss; how the update is cut changes nothing."""
+    batch = replace(preference(), rank=torch.tensor([0, 1, 2, 3, 1, 1, 0, 1, 1]))
+    whole, cut, plain = learner("reward_log_sig", 10_000), learner("reward_log_sig", 1), learner("reward_log_sig", 1)
+    for learns in (whole, cut):
+        learns.algorithm = learns.algorithm.with_settings(settings)
+    measured = whole.measure(batch)
+    assert cut.measure(batch) == pytest.approx(measured, rel=1e-5)
+    assert measured["accuracy"] == pytest.approx(plain.measure(batch)["accuracy"])
+    assert abs(measured["loss"] - plain.measure(batch)["loss"]) > 1e-4
+    for _ in range(30):
+        whole.update([batch])
+    assert whole.measure(batch)["loss"] < measured["loss"]
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [10_000, 1])
+def test_imitation_beside_rankings_is_of_the_best_answers_alone(micro_batch_tokens: int) -> None:
+    """The gradient is the ranking's plus lm_coef times imitation's of the answers of rank 0, here rows 0, 5 and 6."""
+    batch = preference()
+    plain, both = (learner("reward_log_sig", micro_batch_tokens) for _ in range(2))
+    both.algorithm = both.algorithm.with_settings({"lm_coef": 0.5})
+    best = SupervisedBatch(*(value[[0, 5, 6]] for value in (batch.tokens, batch.attention_mask, batch.response_mask)))
+    imitated = gradients(learner("sft", 10_000), [best])
+    alone, added = gradients(plain, [batch]), gradients(both, [batch])
+    for key, gradient in alone.items():
+        assert_close(added[key], gradient + 0.5 * imitated.get(key, torch.tensor(0.0)), rtol=1e-4, atol=1e-6)
+    assert max(gradient.abs().max() for gradient in imitated.values()) > 1e-4
 
 
 def test_ptx_is_added_to_the_same_step() -> None:

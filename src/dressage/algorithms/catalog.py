@@ -52,7 +52,16 @@ from dressage.algorithms.preference import (
     robust_dpo_loss,
     simpo_loss,
 )
-from dressage.algorithms.reward_modeling import RankingSettings, log_exp, log_sig, ranking_loss
+from dressage.algorithms.reward_modeling import (
+    PairLoss,
+    RankingSettings,
+    RegressionSettings,
+    imitation_loss,
+    log_exp,
+    log_sig,
+    ranking_loss,
+    regression_loss,
+)
 from dressage.algorithms.selection import SelectionSettings, imitated, ranked
 from dressage.algorithms.supervised import SupervisedSettings, ptx_loss, supervised_loss
 from dressage.batches import Experience, PreferenceBatch, RatingBatch, SupervisedBatch
@@ -71,7 +80,8 @@ ModelRole = Literal["reference", "value", "reward"]
 Teach = Callable[..., SupervisedBatch | PreferenceBatch]
 """Demonstrations or rankings from (experience, what each answer earned [B], settings, seed)."""
 PreferenceSettings = DpoSettings | OnlineDpoSettings | IpoSettings | KtoSettings | OrpoSettings | SimpoSettings
-Settings = SupervisedSettings | RankingSettings | PreferenceSettings | SelectionSettings | PolicyGradientSettings
+RewardSettings = RankingSettings | RegressionSettings
+Settings = SupervisedSettings | RewardSettings | PreferenceSettings | SelectionSettings | PolicyGradientSettings
 
 
 @dataclass(frozen=True)
@@ -132,14 +142,19 @@ def _learns(surrogate: Surrogate, kl: Estimator = k2) -> Mapping[type, Loss]:
     return {Experience: partial(policy_loss, surrogate=surrogate, kl=kl), SupervisedBatch: ptx_loss}
 
 
+def _ranks(pair_loss: PairLoss) -> Mapping[type, Loss]:
+    """From rankings, and by imitating their best answers if settings.lm_coef says so."""
+    return {PreferenceBatch: partial(ranking_loss, pair_loss=pair_loss), SupervisedBatch: imitation_loss}
+
+
 REWARD = Algorithm(
     about=About(
         "reward model, log-sigmoid",
         "-log sigmoid(s(better) - s(worse) - margin), mean over the C(K, 2) pairs of a prompt, then over prompts",
         "Ouyang et al. 2022, eq. 1",
-        "Rankings or comparisons to a model that scores answers. All K answers of a prompt go into one update.",
+        "Rankings or comparisons to a model that scores answers. Margins can grow with grades, and ties can teach.",
     ),
-    losses={PreferenceBatch: partial(ranking_loss, pair_loss=log_sig)},
+    losses=_ranks(log_sig),
     settings=RankingSettings(),
 )
 
@@ -241,7 +256,18 @@ ALGORITHMS: Mapping[str, Algorithm] = {
             "ColossalChat's name for it",
             "For settings that ask for it by this name; it changes nothing.",
         ),
-        losses={PreferenceBatch: partial(ranking_loss, pair_loss=log_exp)},
+        losses=_ranks(log_exp),
+    ),
+    "reward_regression": replace(
+        REWARD,
+        about=About(
+            "reward model, regression",
+            "(s(answer) - grade)^2, grades standardised, mean over a prompt's answers, then over prompts",
+            "grades: Bradley and Terry 1952, by Hunter 2004; Elo 1978",
+            "Many judgements of the same answers become one grade each (data.merge), or rankings that hold grades.",
+        ),
+        losses={PreferenceBatch: regression_loss},
+        settings=RegressionSettings(),
     ),
     "dpo": DPO,
     "cdpo": replace(

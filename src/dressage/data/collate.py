@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -28,6 +29,7 @@ def collate_rankings(rows: Sequence[EncodedRanking], pad_token: int) -> Preferen
         last=torch.tensor([len(answer.tokens) - 1 for answer in answers]),
         group=torch.tensor([group for group, ranking in enumerate(rows) for _ in ranking.answers]),
         rank=torch.tensor([rank for ranking in rows for rank in ranking.ranks]),
+        grade=_grades(rows),
         ref_answer_logprobs=_reference(rows),
     )
 
@@ -42,6 +44,13 @@ def collate_ratings(rows: Sequence[EncodedRating], pad_token: int) -> RatingBatc
         rating=torch.tensor([rating for row in rows for rating in (1 if row.good else -1, 0)]),
         ref_answer_logprobs=_reference(rows),
     )
+
+
+def _grades(rows: Sequence[EncodedRanking]) -> Tensor | None:
+    """Of every answer [N], NaN where not said; None if nothing was said of any."""
+    if not any(row.grades for row in rows):
+        return None
+    return torch.tensor([grade for row in rows for grade in row.grades or (math.nan,) * len(row.answers)])
 
 
 def _reference(rows: Sequence[EncodedRanking] | Sequence[EncodedRating]) -> Tensor | None:

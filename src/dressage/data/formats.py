@@ -6,10 +6,12 @@ keep their texts to the letter, because sampled answers are compared with what t
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import permutations
 from typing import Any, TypeVar
 
 from dressage.schema import Demonstration, Message, Prompt, Ranking, Rating, Role
@@ -194,8 +196,23 @@ def _to_answer(messages: tuple[Message, ...]) -> Prompt:
 
 def _ranking(prompt: Prompt, answers: Sequence[str], places: Sequence[int]) -> Ranking:
     """Places may have gaps or begin anywhere; ranks are 0, 1, ... with ties."""
-    order = sorted(set(places))
-    return Ranking(prompt, tuple(answers), tuple(order.index(place) for place in places))
+    return Ranking(prompt, tuple(answers), dense_ranks(places))
+
+
+def dense_ranks(places: Sequence[float]) -> tuple[int, ...]:
+    """0 for the lowest, then 1, 2, ...; equal places are a tie."""
+    order = {place: rank for rank, place in enumerate(sorted(set(places)))}
+    return tuple(order[place] for place in places)
+
+
+def _graded(prompt: Prompt, answers: Sequence[str], grades: Sequence[float]) -> Ranking:
+    return Ranking(prompt, tuple(answers), dense_ranks([-grade for grade in grades]), grades=tuple(grades))
+
+
+def _grade(value: object, what: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise BadRow(f"{what} is {_kind(value)}, not a finite number")
+    return float(value)
 
 
 # --- parsers and the makers of parsers --------------------------------------------------------------------------------
@@ -238,12 +255,45 @@ def answered(prompt: Callable[[Row], Prompt], name: str) -> Demonstrations:
 
 
 def compared(prompt: Callable[[Row], Prompt], chosen: str, rejected: str) -> Rankings:
-    """A comparison: the prompt, and two columns with the better and the worse answer."""
+    """A comparison: the prompt, and two columns with the better and the worse answer; perhaps by how much it won."""
 
     def parse(row: Row) -> Iterator[Ranking]:
-        yield Ranking.of_pair(prompt(row), _answer(row[chosen]), _answer(row[rejected]))
+        pair = Ranking.of_pair(prompt(row), _answer(row[chosen]), _answer(row[rejected]))
+        yield replace(pair, grades=_pair_grades(row))
 
     return parse
+
+
+def _pair_grades(row: Row) -> tuple[float, ...]:
+    """Of the better and the worse answer, in the ways that people write them; empty: the row has none."""
+    if row.get("margin") is not None:
+        return (max(0.0, _grade(row["margin"], "margin")), 0.0)
+    for better, worse in (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score")):
+        if row.get(better) is not None and row.get(worse) is not None:
+            grades = _grade(row[better], better), _grade(row[worse], worse)
+            # Some sets hold pairs whose grades do not say which is better: the order is then all that is known.
+            return grades if grades[0] >= grades[1] else ()
+    return ()
+
+
+def preferred(prompt: Callable[[Row], Prompt], first: str, second: str, strength: str) -> Rankings:
+    """A comparison whose column `strength` says which answer is better, the second if above 0, and by how much."""
+
+    def parse(row: Row) -> Iterator[Ranking]:
+        answers = _answer(row[first]), _answer(row[second])
+        yield _graded(prompt(row), answers, (0.0, _grade(row[strength], strength)))
+
+    return parse
+
+
+def _graded_completions(row: Row) -> Iterator[Ranking]:
+    """K answers, each with the grade that a judge gave it."""
+    tried = [_object(completion, "a completion") for completion in _items(row["completions"], "completions")]
+    if len(tried) < 2:
+        raise BadRow("fewer than two answers")
+    answers = [_answer(completion.get("response")) for completion in tried]
+    grades = [_grade(completion.get("overall_score"), "overall_score") for completion in tried]
+    yield _graded(_instruction(row), answers, grades)
 
 
 def ranked(
@@ -402,7 +452,13 @@ def _own_ranking(row: Row) -> Iterator[Ranking]:
         raise BadRow("answers, ranks and finished do not match, or fewer than two answers")
     if not all(type(rank) is int and rank >= 0 for rank in ranks) or not all(type(end) is bool for end in finished):
         raise BadRow("ranks are not whole numbers from 0, or finished is not true or false")
-    yield Ranking(_own_prompt(row), answers, ranks, finished)
+    grades = tuple(_grade(grade, "a grade") for grade in _items(row.get("grades") or (), "grades"))
+    if len(grades) not in (0, len(answers)):
+        raise BadRow("answers and grades do not match")
+    pairs = permutations(zip(ranks, grades, strict=False), 2)
+    if any(rank < other and grade < higher for (rank, grade), (other, higher) in pairs):
+        raise BadRow("a worse rank has a higher grade")
+    yield Ranking(_own_prompt(row), answers, ranks, finished, grades)
 
 
 def _first_turn(row: Row) -> Prompt:
@@ -450,6 +506,24 @@ FORMATS: tuple[Format, ...] = (
     # The first whose columns are all there is meant, so a format stands above those whose columns it contains.
     Format("Dressage rankings", _columns("prompt", "answers", "ranks"), one(_own_prompt), rankings=_own_ranking),
     Format("Dressage answers", _columns("prompt", "answers"), one(_own_prompt)),
+    Format(
+        "HelpSteer2 preferences",
+        _columns("prompt", "response_1", "response_2", "preference_strength"),
+        one(column("prompt")),
+        rankings=preferred(column("prompt"), "response_1", "response_2", "preference_strength"),
+    ),
+    Format(
+        "HelpSteer3 preferences",
+        _columns("context", "response1", "response2", "overall_preference"),
+        one(column("context")),
+        rankings=preferred(column("context"), "response1", "response2", "overall_preference"),
+    ),
+    Format(
+        "UltraFeedback completions",
+        _columns("instruction", "completions"),
+        one(ask("instruction")),
+        rankings=_graded_completions,
+    ),
     Format("OASST trees", _columns("message_tree_id", "prompt"), prompts_of(_tree), rankings=_tree),
     Format(
         "PandaLM judgements",

@@ -24,6 +24,8 @@ class EncodedRanking:
 
     answers: tuple[Encoded, ...]
     ranks: tuple[int, ...]
+    grades: tuple[float, ...] = ()
+    """How good each was found, higher is better; empty: not said."""
     ref_answer_logprobs: tuple[float, ...] = ()
     """Of the reference, for each answer as a whole; empty: not asked."""
 
@@ -89,7 +91,7 @@ def prepare_rankings(
         answers, cut = tuple(answer for answer, _ in fitted), any(cut for _, cut in fitted)
         if cut and len(set(answers)) == 1:
             raise _TooLong("answers the same once cut")
-        return EncodedRanking(answers, record.ranks), cut
+        return EncodedRanking(answers, record.ranks, record.grades), cut
 
     return _prepared(records, prepare, on_too_long, max_tokens)
 

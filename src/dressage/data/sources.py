@@ -65,9 +65,14 @@ def read_demonstrations(
     return cast(Loaded[Demonstration], _read(source, "demonstrations", on_bad_row, limit))
 
 
-def read_rankings(source: str, *, on_bad_row: OnBadRow = "error", limit: int | None = None) -> Loaded[Ranking]:
-    """Ranked answers, at most `limit`; left out are duplicates and rankings whose answers are all the same."""
-    return cast(Loaded[Ranking], _read(source, "rankings", on_bad_row, limit))
+def read_rankings(
+    source: str, *, on_bad_row: OnBadRow = "error", limit: int | None = None, repeated: bool = False
+) -> Loaded[Ranking]:
+    """Ranked answers, at most `limit`; left out are duplicates and rankings whose answers are all the same.
+
+    With `repeated` a ranking that stands there again is another judgement, and stays.
+    """
+    return cast(Loaded[Ranking], _read(source, "rankings", on_bad_row, limit, repeated))
 
 
 def read_ratings(source: str, *, on_bad_row: OnBadRow = "error", limit: int | None = None) -> Loaded[Rating]:
@@ -83,12 +88,13 @@ def read_prompts(source: str, *, on_bad_row: OnBadRow = "error", limit: int | No
     return cast(Loaded[Prompt], _read(source, "prompts", on_bad_row, limit))
 
 
-def _read(source: str, kind: Kind, on_bad_row: OnBadRow, limit: int | None) -> Loaded[Any]:
+def _read(source: str, kind: Kind, on_bad_row: OnBadRow, limit: int | None, repeated: bool = False) -> Loaded[Any]:
     rows = _rows(source)
     head = list(islice(rows, _PROBED_ROWS))
     form = _recognise(source, kind, [row for _, row in head])
     parse = aimed(form.prompts) if kind == "prompts" else getattr(form, kind)
-    records: dict[object, None] = {}  # in order, each once
+    records: list[object] = []
+    seen: set[object] = set()
     dropped: list[Dropped] = []
     count = 0
     for where, row in chain(head, rows):
@@ -107,10 +113,11 @@ def _read(source: str, kind: Kind, on_bad_row: OnBadRow, limit: int | None) -> L
         for record in found:
             if isinstance(record, Ranking) and len(set(record.answers)) == 1:
                 dropped.append(Dropped(where, "all answers the same"))
-            elif record in records:
+            elif record in seen and not repeated:
                 dropped.append(Dropped(where, "duplicate"))
             elif limit is None or len(records) < limit:
-                records[record] = None
+                records.append(record)
+                seen.add(record)
     return Loaded(tuple(records), form.name, count, tuple(dropped))
 
 

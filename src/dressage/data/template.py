@@ -28,6 +28,9 @@ PLAIN = (
 """For models without a template. An answer begins a line, because "Assistant: " would end in a space that tokenizers
 write as part of the next word."""
 
+READER = "{% for message in messages %}{{ message.content }}{{ eos_token or sep_token }}{% endfor %}"
+"""For encoders without a template: turns apart by the mark that they have seen between two texts."""
+
 _ANSWER = "\ue000"
 _OPEN, _CLOSE = "\ue001", "\ue002"
 _PROBES = ("\ue003", "\ue004", "\ue005")
@@ -97,7 +100,7 @@ class ChatTemplate:
         after, lead = between.lstrip(), opening[len(request) :]
         added = [token.content for token in tokenizer.added_tokens_decoder.values()]
         marks = [mark for mark in added if after.startswith(mark)]
-        end_mark = max(marks, key=len) if marks else tokenizer.eos_token
+        end_mark = max(marks, key=len) if marks else tokenizer.eos_token or tokenizer.sep_token
         if end_mark is None:
             raise ModelError(
                 "neither chat template nor tokenizer has a token that ends an answer; set the tokenizer's eos_token"
@@ -158,8 +161,9 @@ class ChatTemplate:
         tokens: list[int] = []
         mask: list[bool] = []
         pieces = self._pieces([Message(m.role, self._shielded(m.content)) for m in messages])
-        if self._adds_bos() and not pieces[0][0].startswith(self.tokenizer.bos_token):
-            tokens, mask = [self.tokenizer.bos_token_id], [False]
+        bos = self.tokenizer.bos_token or self.tokenizer.cls_token
+        if self._adds(bos) and not pieces[0][0].startswith(bos):
+            tokens, mask = [self.tokenizer.convert_tokens_to_ids(bos)], [False]
         for text, trained in pieces:
             ids = self._ids(text)
             tokens += ids
@@ -218,9 +222,8 @@ class ChatTemplate:
             raise ModelError("the chat template does not write the turns in their order; give another template")
         return found[1], found[2], found[3]
 
-    def _adds_bos(self) -> bool:
-        bos = self.tokenizer.bos_token_id
-        return bos is not None and self.tokenizer("").input_ids[:1] == [bos]
+    def _adds(self, bos: str | None) -> bool:
+        return bos is not None and self.tokenizer("").input_ids[:1] == [self.tokenizer.convert_tokens_to_ids(bos)]
 
     def _shielded(self, text: str) -> str:
         """The text with every special token's name in it made a mark: words of people never become control tokens."""

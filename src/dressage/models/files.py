@@ -17,10 +17,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dressage.config import LoraConfig, ModelConfig
+from dressage.config import LoraConfig, ModelConfig, Pooling
 from dressage.errors import CheckpointError, ModelError
 from dressage.models.lora import Backbone, peft_config
-from dressage.models.pretrained import ADAPTER_FILE, ROLE_FILE, base_of, lineage, load_base
+from dressage.models.pretrained import (
+    ADAPTER_FILE,
+    ROLE_FILE,
+    base_of,
+    lineage,
+    load_base,
+    model_shape,
+    reads_both_ways,
+)
 from dressage.models.roles import Role, ScalarHead
 
 WEIGHTS = "adapter_model.safetensors"
@@ -102,6 +110,8 @@ def save_role(
         if role.head is not None:
             save_tensors(role.head.state_dict(), partial / HEAD)
         meta: dict[str, Any] = {"format": 1, "kind": kind, "depth": role.depth, "model": model.model_dump()}
+        if kind == "reward":
+            meta["pooling"] = role.pooling
         if role.adapter is not None:
             meta["lora"] = role.backbone.configs[role.adapter][0].model_dump()
         if normalisation is not None:
@@ -109,8 +119,13 @@ def save_role(
         _write_json(partial / ROLE_FILE, meta)
 
 
-def load_backbone(config: ModelConfig) -> Backbone:
-    """The model a name stands for: its base with every adapter of its lineage merged in."""
+def load_backbone(config: ModelConfig, *, to_read: bool = False) -> Backbone:
+    """The model a name stands for: its base with every adapter of its lineage merged in.
+
+    Raises: ModelError if it is an encoder, unless it is only `to_read`, as reward models do.
+    """
+    if not to_read and reads_both_ways(model_shape(config)):
+        raise ModelError(f"{config.name}: an encoder reads and cannot write; only a reward model can stand on it")
     backbone = Backbone(load_base(config))
     for number, folder in enumerate(lineage(config.name).adapters):
         add_saved_adapter(backbone, folder, f"merged-{number}")
@@ -138,7 +153,13 @@ def load_role(folder: Path, backbone: Backbone, name: str) -> Role:
     if not (folder / ADAPTER_FILE).is_file():
         raise CheckpointError(f"{folder}: holds whole weights, not an adapter; load it as a model")
     add_saved_adapter(backbone, folder, name)
-    return Role(backbone, name, load_head(folder, backbone), meta["depth"])
+    return Role(backbone, name, load_head(folder, backbone), meta["depth"], pooling_of(meta))
+
+
+def pooling_of(meta: Mapping[str, Any]) -> Pooling:
+    """How a saved reward model reads; roles saved before there was a choice read at the last token."""
+    pooling: Pooling = meta.get("pooling", "last")
+    return pooling
 
 
 def load_head(folder: Path, backbone: Backbone) -> ScalarHead | None:
@@ -158,18 +179,24 @@ def load_reward_model(
     folder: Path, backbone: Backbone | None = None, backbone_config: ModelConfig | None = None, name: str = "reward"
 ) -> Role:
     """A reward model: on the given backbone if it was trained on that very one, else with its own weights."""
+    meta = reward_meta(folder)
+    model = saved_model(folder)
+    if not (folder / ADAPTER_FILE).is_file():
+        own = load_backbone(model, to_read=True)
+        return Role(own, None, load_head(folder, own), meta["depth"], pooling_of(meta))
+    if backbone is not None and backbone_config is not None and same_base(model, backbone_config):
+        return load_role(folder, backbone, name)
+    return load_role(folder, load_backbone(model, to_read=True), "reward")
+
+
+def reward_meta(folder: Path) -> dict[str, Any]:
+    """role.json of a reward model; ModelError if the folder holds none."""
     if not (folder / ROLE_FILE).is_file():
         raise ModelError(f"{folder}: no reward model here (no {ROLE_FILE}); train one with `dressage reward`")
     meta = _read_json(folder / ROLE_FILE)
     if meta["kind"] != "reward":
         raise ModelError(f"{folder}: is a {meta['kind']}, not a reward model")
-    model = saved_model(folder)
-    if not (folder / ADAPTER_FILE).is_file():
-        own = load_backbone(model)
-        return Role(own, None, load_head(folder, own), meta["depth"])
-    if backbone is not None and backbone_config is not None and same_base(model, backbone_config):
-        return load_role(folder, backbone, name)
-    return load_role(folder, load_backbone(model), "reward")
+    return meta
 
 
 def same_base(one: ModelConfig, other: ModelConfig) -> bool:

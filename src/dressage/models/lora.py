@@ -50,7 +50,7 @@ class LoraLinear(nn.Module):
 
 
 class Backbone:
-    """One frozen causal language model and the adapters that share it."""
+    """One frozen language model and the adapters that share it."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -63,6 +63,13 @@ class Backbone:
     def depth(self) -> int:
         """Layers of the model."""
         return len(self.layers)
+
+    @property
+    def first_position(self) -> int:
+        """The number of a text's first token: roberta's table of positions begins with one for padding."""
+        table = getattr(getattr(self.decoder, "embeddings", None), "position_embeddings", None)
+        padding = getattr(table, "padding_idx", None)
+        return 0 if padding is None else int(padding) + 1
 
     @property
     def width(self) -> int:
@@ -193,7 +200,7 @@ def peft_config(backbone: Backbone, name: str, base: str) -> dict[str, Any]:
     config, targets = backbone.configs[name]
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if backbone.model.can_generate() else "FEATURE_EXTRACTION",
         "base_model_name_or_path": base,
         "r": config.rank,
         "lora_alpha": config.alpha,

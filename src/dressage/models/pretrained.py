@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ import time
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -128,19 +129,38 @@ def model_shape(config: ModelConfig) -> Any:
         raise ModelError(f"{config.name}: no model could be found: {_first_line(error)}") from error
 
 
+def reads_both_ways(shape: Any) -> bool:
+    """Is this configuration an encoder's, which can read an answer but not write one?"""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    writes = getattr(shape, "is_decoder", False) or getattr(shape, "is_encoder_decoder", False)
+    return shape.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not writes
+
+
+def model_class(shape: Any) -> tuple[Any, dict[str, Any]]:
+    """Which class of transformers builds a model of this configuration, and with what beside it."""
+    from transformers import MODEL_MAPPING, AutoModel, AutoModelForCausalLM
+
+    if not reads_both_ways(shape):
+        return AutoModelForCausalLM, {}
+    # A pooling layer that nobody trained would be random, and is not read.
+    takes = inspect.signature(cast(type, MODEL_MAPPING[type(shape)])).parameters
+    return AutoModel, {"add_pooling_layer": False} if "add_pooling_layer" in takes else {}
+
+
 def load_base(config: ModelConfig, device: torch.device | None = None) -> Any:
     """The base's weights (adapters not yet merged), in the compute type, in eval mode. Safetensors only."""
-    from transformers import AutoModelForCausalLM
-
     shape = model_shape(config)
+    kind, options = model_class(shape)
     base = resolve(lineage(config.name).base)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        model: Any = kind.from_pretrained(
             base,
             config=shape,
             dtype=compute_dtype(config.dtype),
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
+            **options,
         )
     except (OSError, ValueError) as error:
         raise ModelError(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dressage.config import Pooling
 from dressage.models.lora import Backbone
 from dressage.tensors import position_ids
 
@@ -53,6 +54,7 @@ class Role:
     adapter: str | None = None  # None: the backbone's own weights
     head: ScalarHead | None = None
     depth: int | None = None  # None: all layers and the final norm
+    pooling: Pooling = "last"  # where a reward model's score is read
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """What this role learns, by name."""
@@ -72,9 +74,14 @@ class Role:
 
     def hidden(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
         """Hidden states [B, T, H]; padding may stand on either side."""
-        inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": attention_mask.long(), "use_cache": False}
-        if _takes_positions(self.backbone.decoder):
-            inputs["position_ids"] = position_ids(attention_mask)
+        inputs: dict[str, Any] = {
+            "input_ids": tokens,
+            "attention_mask": attention_mask.long(),
+            "position_ids": position_ids(attention_mask) + self.backbone.first_position,
+            "use_cache": False,
+        }
+        known = inspect.signature(self.backbone.decoder.forward).parameters
+        inputs = {name: value for name, value in inputs.items() if name in known}
         with self.speaking():
             if self.depth is None or self.depth == self.backbone.depth:
                 hidden: Tensor = self.backbone.decoder(**inputs).last_hidden_state
@@ -98,7 +105,3 @@ class _Reached(Exception):
 
 def _hand_back(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
     raise _Reached(args[0] if args else kwargs["hidden_states"])
-
-
-def _takes_positions(decoder: nn.Module) -> bool:
-    return "position_ids" in inspect.signature(decoder.forward).parameters

@@ -78,9 +78,15 @@ def score_values(role: Role, tokens: Ints, attention_mask: Mask, wanted: Mask) -
 
 
 def score_sequences(role: Role, tokens: Ints, attention_mask: Mask, last: Ints) -> PerSequence:
-    """A reward model's score [B], read at index `last` [B]: the last real token, by the collator's word."""
+    """A reward model's score [B], read at index `last` [B]: the last real token, by the collator's word.
+
+    Where the role says so, the mean over all real tokens instead.
+    """
     assert role.head is not None
     hidden = role.hidden(tokens, attention_mask)
+    if role.pooling == "mean":
+        per_token: PerToken = role.head(hidden).masked_fill(~attention_mask, 0.0)
+        return per_token.sum(-1) / attention_mask.sum(-1)
     scores: PerSequence = role.head(hidden[torch.arange(len(last), device=last.device), last])
     return scores
 

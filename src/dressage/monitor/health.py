@@ -180,7 +180,9 @@ def _reward_loss(history: History, values: list[float]) -> Finding:
     return "ok", values[-1], "better than a coin toss (0.693)"
 
 
-def _reward_accuracy(history: History, values: list[float]) -> Finding:
+def _reward_accuracy(history: History, values: list[float]) -> Finding | None:
+    if len(values) < 2:
+        return None  # of the first weights, before anything is learnt
     warn, stop = history.bounds("accuracy/heldout")
     if values[-1] <= stop:
         return "stop", values[-1], "orders new pairs no better than a coin toss: there is nothing to optimise"

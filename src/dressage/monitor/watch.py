@@ -36,7 +36,8 @@ class Watch:
             if verdict.level != self._told.get(verdict.metric, "ok") and verdict.level != "ok":
                 worse.append(verdict)
             self._told[verdict.metric] = verdict.level
-            self._bad[verdict.metric] = self._bad[verdict.metric] + 1 if verdict.level == "stop" else 0
+            if verdict.metric in row:  # what is measured now and then is not worse for the steps between
+                self._bad[verdict.metric] = self._bad[verdict.metric] + 1 if verdict.level == "stop" else 0
             no_number = verdict.level == "stop" and verdict.value != verdict.value
             if self.action != "warn" and (no_number or self._bad[verdict.metric] >= self._patience):
                 fatal = fatal or verdict

@@ -123,6 +123,7 @@ def rank(config: RankConfig, folder: Path, console: Console | None) -> None:
                 "annotator": f"file: {Path(config.rankings).name}",
                 "simulated": False,
             }
+            | ({"grades": list(ranking.grades)} if ranking.grades else {})
             for ranking in loaded.records
         ]
     else:

@@ -16,6 +16,7 @@ from dressage.algorithms.reward_modeling import affine_normalisation
 from dressage.batches import RatingBatch
 from dressage.config import DpoConfig, PpoConfig, RewardConfig, SftConfig
 from dressage.data.collate import collate_demonstrations, collate_rankings, collate_ratings
+from dressage.data.merge import standardised
 from dressage.models.files import Normalisation, load_backbone, save_role
 from dressage.models.roles import Role, ScalarHead
 from dressage.monitor.watch import Watch
@@ -53,30 +54,32 @@ def sft(config: SftConfig, folder: Path, console: Console | None) -> None:
 
 def reward(config: RewardConfig, folder: Path, console: Console | None) -> None:
     """Rankings -> a model that scores answers as people rank them: folder/reward."""
+    row = algorithm(f"reward_{config.loss}").with_settings(config.settings)
     template = assemble.build_template(config.model)
     rows = assemble.build_rows("rankings", config.data, template, config.seed)
     note(folder, rows.notes, console)
-    backbone = load_backbone(assemble.learning_model(config))
-    head = ScalarHead.for_reward(backbone.width, config.seed)
-    role = assemble.build_role(backbone, "reward", config.lora, seed=config.seed, head=head, depth=config.depth)
-    steps = assemble.total_steps(config.training, len(rows.train))
-    learner = assemble.build_learner(algorithm(f"reward_{config.loss}"), role, config, steps)
+    train_rows, heldout = list(rows.train), list(rows.heldout)
+    if config.loss == "regression":
+        train_rows, heldout = standardised(train_rows, heldout)
+    role = assemble.build_reward_role(config)
+    steps = assemble.total_steps(config.training, len(train_rows))
+    learner = assemble.build_learner(row, role, config, steps)
 
     def collate(encoded: Sequence[Any]) -> Any:
         return collate_rankings(encoded, template.pad_token)
 
     def measure() -> dict[str, float]:
-        measured = learner.measure(collate(rows.heldout))
+        measured = learner.measure(collate(heldout))
         return {"loss/heldout": measured["loss"], "accuracy/heldout": measured["accuracy"]}
 
-    source = DatasetSource(rows.train, collate, config.training.batch_size, config.seed)
-    _train(source, learner, config, folder, steps, console, measure if rows.heldout else None)
+    source = DatasetSource(train_rows, collate, config.training.batch_size, config.seed)
+    _train(source, learner, config, folder, steps, console, measure if heldout else None)
     assert role.head is not None
     if config.normalise_on is not None:
         rollouts = read_answers(Path(config.normalise_on), template)
         typical = score_rows(role, [(*r.prompt.tokens, *r.completion.tokens) for r in rollouts])
     else:
-        typical = score_rows(role, [answer.tokens for row in rows.train for answer in row.answers])
+        typical = score_rows(role, [answer.tokens for one in train_rows for answer in one.answers])
     gain, bias = (float(value) for value in affine_normalisation(typical))
     role.head.normalise(gain, bias)
     save_role(
@@ -87,8 +90,8 @@ def reward(config: RewardConfig, folder: Path, console: Console | None) -> None:
         normalisation=Normalisation(gain, bias),
         tokenizer=template.tokenizer,
     )
-    if rows.heldout:
-        write_json(folder / "accuracy.json", reward_accuracy(role, rows.train, rows.heldout))
+    if heldout:
+        write_json(folder / "accuracy.json", reward_accuracy(role, train_rows, heldout))
 
 
 def dpo(config: DpoConfig, folder: Path, console: Console | None) -> None:
@@ -146,7 +149,8 @@ def ppo(config: PpoConfig, folder: Path, console: Console | None) -> None:
     assemble.check_rewards(config, rows.train)
     backbone = load_backbone(assemble.learning_model(config))
     scorer, learned = assemble.build_rewards(config, backbone, template)
-    value = assemble.build_value(row, config, learned)
+    critic = assemble.build_value(row, config, backbone, learned, template)
+    value = None if critic is None else critic[0]
     trunk = ScalarHead(backbone.width) if value is None and "value" in row.roles else None
     policy = assemble.build_role(backbone, "policy", config.lora, seed=config.seed, head=trunk)
     assert config.training.steps is not None
@@ -169,8 +173,8 @@ def ppo(config: PpoConfig, folder: Path, console: Console | None) -> None:
     whole = online_settings(row).full_kl or config.kl.watch_full
     learner = assemble.build_learner(row, policy, config, updates, value=value, reference=reference if whole else None)
     _train(source, learner, config, folder, steps, console)
-    if value is not None:
-        save_role(folder / "value", value, "value", config.model)
+    if critic is not None:
+        save_role(folder / "value", critic[0], "value", critic[1], tokenizer=template.tokenizer)
     save_role(folder / "policy", policy, "policy", config.model, tokenizer=template.tokenizer)
 
 

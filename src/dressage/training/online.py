@@ -38,13 +38,17 @@ def online_algorithm(config: PpoConfig) -> Algorithm:
                 'value.start="reward" begins the critic as a reward model, and rewards has no part of type model or'
                 ' ensemble; set value.start="zero"'
             )
-        if config.value.start == "reward" and config.lora is None:
-            raise ConfigError('value.start="reward" needs lora: with full weights set value.start="zero"')
+        if config.value.start == "base" and config.lora is None and config.value.model is None:
+            raise ConfigError(
+                'value.start="base" with lora=null: the base is the policy\'s to change; give the critic a value.model'
+            )
         if config.value.start == "zero" and settings.max_kl is not None:
             raise ConfigError(
                 f'value.start="zero" puts the critic on the trunk whose step settings.max_kl={settings.max_kl} bounds;'
-                ' set value.start="reward"'
+                ' set value.start="reward" or "base"'
             )
+    elif config.value.model is not None:
+        raise ConfigError(f"value.model: algorithm={name!r} has no critic; leave value.model out")
     if isinstance(row.settings, SelectionSettings) and row.settings.threshold is None:
         answers = config.rollout.prompts_per_step * config.rollout.answers_per_prompt
         if learnt_answers(row, config) == answers:

@@ -29,7 +29,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from dressage.algorithms.catalog import preference_algorithm
+from dressage.algorithms.catalog import algorithm, preference_algorithm
 from dressage.algorithms.trust_region import ITERATIONS
 from dressage.batches import PreferenceBatch, RatingBatch
 from dressage.config import (
@@ -49,9 +49,9 @@ from dressage.config import (
 from dressage.data.order import batch_indices, length_sorted_chunks, steps_per_epoch
 from dressage.data.sources import read_rankings
 from dressage.errors import DataError
-from dressage.models.files import role_meta
+from dressage.models.files import role_meta, saved_model
 from dressage.models.lora import Backbone
-from dressage.models.pretrained import compute_dtype, model_shape
+from dressage.models.pretrained import compute_dtype, model_class, model_shape
 from dressage.monitor.writers import clock
 from dressage.training.online import learnt_answers, online_algorithm, online_settings, ranked_answers
 
@@ -182,6 +182,8 @@ class Foresight:
         model = self._model(config.model)
         kind: Records = "demonstrations" if isinstance(config, SftConfig) else "rankings"
         passes = 0  # of the policy as it is found, over all answers: its own reference
+        if isinstance(config, RewardConfig):
+            algorithm(f"reward_{config.loss}").with_settings(config.settings)
         if isinstance(config, DpoConfig):
             row = preference_algorithm(config.algorithm).with_settings(config.settings)
             passes = int("reference" in row.roles)
@@ -224,14 +226,24 @@ class Foresight:
         row = online_algorithm(config)
         if known:
             self.check(config, self.read("prompts", config.prompts, self._model(config.model), config.seed).train)
-        policy = Reader(shape, config.lora)
-        judges = [
-            Reader(shape, lora, depth)
-            for depth, lora in (self._reward_model(folder) for folder in config.reward_models)
-        ]
+        policy, judges = Reader(shape, config.lora), []
+        # Models in memory beside the policy's base and its copy.
+        others: list[Shape] = []
+        for folder in config.reward_models:
+            judged_by, depth, reward_lora = self._reward_model(folder)
+            judges.append(Reader(shape_of(self._model(judged_by)), reward_lora, depth))
+            if config.lora is None or not _one_base(judged_by, config.model):
+                others.append(judges[-1].shape)
         judging = sum(judge.forward for judge in judges)
-        settings, own_critic = online_settings(row), "value" in row.roles and config.value.start == "reward"
-        learners = [policy, *judges[:1]] if own_critic else [policy]
+        settings, own_critic = online_settings(row), "value" in row.roles and config.value.start != "zero"
+        learners = [policy]
+        if own_critic:
+            critic = Reader(shape, config.value.lora) if config.value.start == "base" else judges[0]
+            if config.value.model is not None:
+                critic = Reader(shape_of(self._model(config.value.model)), config.value.lora)
+            if config.value.model is not None or critic.lora is None:
+                others.append(critic.shape)
+            learners.append(critic)
         answers, steps = rollout.prompts_per_step * rollout.answers_per_prompt, training.steps or 1
         asked = [
             Row((prompts[i].lengths[0] + rollout.max_new_tokens,), rollout.max_new_tokens)
@@ -287,7 +299,9 @@ class Foresight:
             f" {answers} answers of at most {rollout.max_new_tokens} tokens{again};{of}"
             f" {updates} updates a round ({config.reuse} x {at_last} / {size}), each in {_pieces(cut)} of at most"
             f" {most} padded tokens; {tokens} tokens a round{ptx}",
-            **self._taken(shape, steps * flops, learners, micro_batch=most, cached=cached, copies=copies),
+            **self._taken(
+                shape, steps * flops, learners, micro_batch=most, cached=cached, copies=copies, others=others
+            ),
         }
 
     def _sample(self, config: SampleConfig) -> Said:
@@ -298,8 +312,8 @@ class Foresight:
         tokens = sum(row.lengths[0] + config.max_new_tokens for row in prompts) * each
         flops = tokens * reader.forward + answers * config.max_new_tokens * shape.head
         if config.reward_model is not None:
-            depth, lora = self._reward_model(config.reward_model)
-            flops += tokens * Reader(shape, lora, depth).forward
+            judged_by, depth, lora = self._reward_model(config.reward_model)
+            flops += tokens * Reader(shape_of(self._model(judged_by)), lora, depth).forward
         kept = f" of which the best of every {config.best_of} is kept" if config.best_of > 1 else ""
         longest = max(row.lengths[0] for row in prompts) + config.max_new_tokens
         cached = min(config.max_batch, answers) * longest
@@ -316,7 +330,7 @@ class Foresight:
         if config.reward_model is None:
             return said
         shape = shape_of(self._model(config.model))
-        depth, lora = self._reward_model(config.reward_model)
+        _, depth, lora = self._reward_model(config.reward_model)
         tokens = sum(self._tokens(path) for path in (config.before, config.after))
         return said | self._taken(shape, tokens * Reader(shape, lora, depth).forward)
 
@@ -329,11 +343,16 @@ class Foresight:
         micro_batch: int = 0,
         cached: int = 0,
         copies: int = 1,
+        others: Sequence[Shape] = (),
     ) -> Said:
-        """Memory and time in words, remembered for the sum. `cached`: tokens whose keys and values are kept."""
+        """Memory and time in words, remembered for the sum.
+
+        `cached`: tokens whose keys and values are kept; `others`: models in memory beside the `copies` of this one.
+        """
         learning = sum(learner.learning for learner in learners)
         # Weights that learn are among the 16 bytes each, and are not counted again.
-        frozen = copies * shape.weights - sum(learner.learning for learner in learners if learner.lora is None)
+        loaded = copies * shape.weights + sum(other.weights for other in others)
+        frozen = loaded - sum(learner.learning for learner in learners if learner.lora is None)
         activations = micro_batch * sum(learner.kept_bytes for learner in learners)
         cache = cached * shape.depth * shape.cached * shape.bytes_each
         logits = LOGITS * CHUNK * shape.vocabulary * 4
@@ -342,7 +361,11 @@ class Foresight:
         seconds = OVERHEAD * flops / speed
         self.memory.append(memory)
         self.seconds.append(seconds)
-        return ({"learns": f"{learning:,} of {shape.weights:,} weights"} if learners else {}) | {
+        return (
+            {"learns": f"{learning:,} of {shape.weights + sum(other.weights for other in others):,} weights"}
+            if learners
+            else {}
+        ) | {
             "memory": f"about {memory / 1e9:.1f} GB",
             "time": f"about {clock(seconds)} ({flops:.1e} operations, products at {speed / 1e9:.0f} GFLOP/s)",
         }
@@ -360,12 +383,13 @@ class Foresight:
         maker = self._maker(model.name)
         return model if maker is None else self._model(model.model_copy(update={"name": maker.model.name}))
 
-    def _reward_model(self, folder: str) -> tuple[int | None, LoraConfig | None]:
+    def _reward_model(self, folder: str) -> tuple[ModelConfig, int | None, LoraConfig | None]:
+        """What it stands on, how many layers it reads, and its adapter."""
         maker = self._maker(folder)
         if maker is not None:
-            return maker.depth, maker.lora
+            return maker.model, maker.depth, maker.lora
         meta = role_meta(Path(folder))
-        return meta["depth"], LoraConfig(**meta["lora"]) if "lora" in meta else None
+        return saved_model(Path(folder)), meta["depth"], LoraConfig(**meta["lora"]) if "lora" in meta else None
 
     def _rows(
         self, kind: Records, data: DataConfig, model: ModelConfig, seed: int
@@ -438,11 +462,10 @@ class Foresight:
 @cache
 def shape_of(model: ModelConfig) -> Shape:
     """The sizes of a model, built of nothing but its configuration; no memory is taken for weights."""
-    from transformers import AutoModelForCausalLM
-
     config = model_shape(model)
+    kind, options = model_class(config)
     with torch.device("meta"):
-        built = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+        built = kind.from_config(config, trust_remote_code=model.trust_remote_code, **options)
     backbone, text = Backbone(built), config.get_text_config()
     matrices = [weight.shape for weight in backbone.layers[0].parameters() if weight.dim() == 2]
     per_head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -472,6 +495,11 @@ def product_speed(dtype: torch.dtype, seconds: float = 0.2) -> float:
         # The fastest: the first sets up threads and kernels, others are disturbed.
         fastest = min(fastest, time.perf_counter() - began)
     return 2.0 * 256 * 576 * 1536 / fastest
+
+
+def _one_base(one: ModelConfig, other: ModelConfig) -> bool:
+    """Are these the same weights, as far as names tell? They may not be there yet."""
+    return one.dtype == other.dtype and Path(one.name).resolve() == Path(other.name).resolve()
 
 
 def _row(encoded: Any) -> Row:

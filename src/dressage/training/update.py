@@ -13,7 +13,13 @@ from dressage.algorithms.aggregate import Totals, aggregate, aggregate_pairs, co
 from dressage.algorithms.catalog import Algorithm
 from dressage.algorithms.policy_gradient import PolicyGradientSettings, held_back, policy_statistics
 from dressage.algorithms.preference import KtoSettings, log_ratio, rating_statistics, summed_over_answers
-from dressage.algorithms.reward_modeling import ranking_pairs, ranking_statistics
+from dressage.algorithms.reward_modeling import (
+    RankingSettings,
+    best_answers,
+    learnt_from,
+    ranking_pairs,
+    ranking_statistics,
+)
 from dressage.batches import (
     Batch,
     Experience,
@@ -99,8 +105,11 @@ class Learner:
             yield from (self._supervised(piece, totals) for piece in self._pieces(batch))
         elif isinstance(batch, PreferenceBatch):
             better, _ = ranking_pairs(batch.group, batch.rank)
-            totals = rankings_total([batch.group[better]])
-            yield from (self._preference(piece, totals) for piece in self._pieces(batch, by=batch.group))
+            totals = rankings_total([learnt_from(batch, self.algorithm.settings)])
+            ordered = rankings_total([batch.group[better]])
+            yield from (self._preference(piece, totals, ordered) for piece in self._pieces(batch, by=batch.group))
+            if isinstance(self.algorithm.settings, RankingSettings) and self.algorithm.settings.lm_coef:
+                yield from self._learn(best_answers(batch))
         elif isinstance(batch, RatingBatch):
             kl = self._kl_of_unrelated(select(batch, batch.rating == 0))
             batch = select(replace(batch, kl=kl.expand(len(batch.rating))), batch.rating != 0)
@@ -119,7 +128,8 @@ class Learner:
         shares = {f"loss/{name}": aggregate(term, batch.loss_mask, totals) for name, term in terms.items()}
         return _backward(shares) | {"tokens": _size(batch.attention_mask)}
 
-    def _preference(self, batch: PreferenceBatch, totals: Totals) -> Sums:
+    def _preference(self, batch: PreferenceBatch, totals: Totals, ordered: Totals) -> Sums:
+        """`totals` of all that teaches, `ordered` of the pairs with a better and a worse answer."""
         better, worse = ranking_pairs(batch.group, batch.rank)
         watched = {}
         if self.algorithm.implicit_reward is None:
@@ -129,10 +139,11 @@ class Learner:
             rewards = self.algorithm.implicit_reward(logprobs, batch, self.algorithm.settings)
             watched = {CHOSEN: logprobs.detach()[better], REJECTED: logprobs.detach()[worse]}
         terms = self.algorithm.losses[PreferenceBatch](rewards, batch, self.algorithm.settings)
-        prompt = batch.group[better]
+        prompt = learnt_from(batch, self.algorithm.settings)
         shares = {f"loss/{name}": aggregate_pairs(term, prompt, totals) for name, term in terms.items()}
         watched |= ranking_statistics(rewards.detach(), batch)
-        measures = {name: float(aggregate_pairs(value, prompt, totals)) for name, value in watched.items()}
+        pairs = batch.group[better]
+        measures = {name: float(aggregate_pairs(value, pairs, ordered)) for name, value in watched.items()}
         return _backward(shares) | measures | {"tokens": _size(batch.attention_mask)}
 
     def _rating(self, batch: RatingBatch, totals: Totals, sides: Mapping[int, Totals]) -> Sums:
