@@ -102,7 +102,7 @@ def test_a_file_that_ends_too_early(sft: Command, tmp_path: Path) -> None:
         ("reward", ["lora.dropout=0.1"], ["lora.dropout"]),
         ("ppo", ["minibatch_size=7"], ["minibatch_size=7", "rollout.prompts_per_step", "24"]),
         ("ppo", ["settings.ptx_coef=0.1"], ["settings.ptx_coef", "ptx.data"]),
-        ("ppo", ["lora=null"], ["value.start", "lora"]),
+        ("ppo", ["lora=null", "value.start=base"], ["value.start", "value.model"]),
         ("ppo", ["rollout.top_p=0.9"], ["top_p", "allow_filtered_sampling"]),
         ("ppo", ["kl.low_per_answer=20"], ["low_per_answer", "high_per_answer"]),
         ("rank", ["rankings=mine.jsonl"], ["answers", "rankings"]),

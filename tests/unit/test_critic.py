@@ -90,10 +90,10 @@ def critic(made: Path, tiny_model: Path, *changes: str) -> tuple[Role, Role]:
     config = load_stage("ppo", None, ppo(made, tiny_model, *changes))
     assert isinstance(config, PpoConfig)
     template, backbone = assemble.build_template(config.model), load_backbone(config.model)
-    reward_model, _ = assemble.build_reward_model(config, backbone, template)
-    built = assemble.build_value(online_algorithm(config), config, backbone, reward_model, template)
+    _, learned = assemble.build_rewards(config, backbone, template)
+    built = assemble.build_value(online_algorithm(config), config, backbone, learned, template)
     assert built is not None
-    return built[0], reward_model
+    return built[0], next(iter(learned.values()))
 
 
 def texts() -> tuple[torch.Tensor, torch.Tensor]:

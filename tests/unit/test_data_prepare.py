@@ -37,7 +37,7 @@ class Letters:
 
     added_tokens_decoder: dict[int, Any] = {}  # noqa: RUF012
     chat_template = None
-    bos_token, eos_token = None, "\u0002"
+    bos_token, eos_token, cls_token = None, "\u0002", None
     bos_token_id, eos_token_id, pad_token_id = None, END, END
 
     def get_chat_template(self) -> None:

@@ -382,7 +382,7 @@ def test_thumbs_up_and_down_teach_kto(dressage: Command, asked: list[str], write
     ("setting", "said"),
     [
         ("algorithm=dop", "there is no such row; known:"),
-        ("algorithm=ppo", "algorithm='ppo': does not learn from preferences; those that do: dpo, cdpo, ipo, kto"),
+        ("algorithm=ppo", "algorithm='ppo': does not learn from preferences; those that do: dpo, cdpo, rdpo, ipo, kto"),
         ("settings.beta=0", "settings.beta=0.0 must be above 0"),
         ("settings.gamma=1", "settings.gamma: unknown setting; known: beta, label_smoothing"),
         ("settings.label_smoothing=0.7", "settings.label_smoothing=0.7 must be at least 0 and below 0.5"),
