@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -28,11 +29,15 @@ OFFLINE = [name for name, row in ALGORITHMS.items() if row.implicit_reward is no
 LORA = "lora={rank: 16, alpha: 32, layers: 16}"
 
 
-def dressage(*arguments: str) -> None:
+def dressage(*arguments: str) -> float:
+    """Runs it; the processor's seconds that it took, which other work on the machine does not lengthen."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, "-m", "dressage", *arguments], check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def online(name: str, out: Path, rounds: int) -> None:
+def online(name: str, out: Path, rounds: int) -> float:
     """The row's own recipe, but for what makes the methods comparable: samples, rate, price of KL, size of a step."""
     raw = read_yaml(name)
     each = raw["rollout"].get("answers_per_prompt", 1)
@@ -52,13 +57,13 @@ def online(name: str, out: Path, rounds: int) -> None:
         asked += ["minibatch_size=8", "value.start=zero"]
     if ALGORITHMS[name].settings.__dict__.get("redraws"):
         asked.append("settings.redraws=0")  # further draws would be further samples
-    dressage("rl", name, *asked, "--out", str(out / name))
+    return dressage("rl", name, *asked, "--out", str(out / name))
 
 
-def offline(name: str, out: Path) -> None:
+def offline(name: str, out: Path) -> float:
     """The row's own recipe on the rankings of the quickstart, from the fine-tuned model."""
     asked = [f"model.name={out / 'sft/policy'}", f"data.sources=[{json.dumps(str(out / 'rank/rankings.jsonl'))}]", LORA]
-    dressage("dpo", name, *asked, "--out", str(out / name))
+    return dressage("dpo", name, *asked, "--out", str(out / name))
 
 
 def judged(name: str, out: Path) -> dict[str, Any]:
@@ -78,7 +83,8 @@ def judged(name: str, out: Path) -> dict[str, Any]:
         "gold_sft", "gold_ppo", "score_sft", "score_ppo", "win_rate", "win_rate_low", "win_rate_high", "kl_per_answer",
         "length_ppo", "finished_ppo", "distinct_ppo",
     )  # fmt: skip
-    return {key: found[key] for key in kept} | {"seconds": manifest["seconds"], "peak_rss_gb": manifest["peak_rss_gb"]}
+    seconds = float((out / f"{name}-seconds").read_text(encoding="utf-8"))
+    return {key: found[key] for key in kept} | {"seconds": seconds, "peak_rss_gb": manifest["peak_rss_gb"]}
 
 
 def main() -> None:
@@ -90,15 +96,14 @@ def main() -> None:
     out: Path = chosen.out
     dressage("run", "quickstart", f"folder={out}", *COMMON)
     for name in chosen.only:
-        if name in ONLINE:
-            online(name, out, chosen.rounds)
-        else:
-            offline(name, out)
+        seconds = online(name, out, chosen.rounds) if name in ONLINE else offline(name, out)
+        if not (out / f"{name}-seconds").is_file():
+            (out / f"{name}-seconds").write_text(f"{seconds:.1f}", encoding="utf-8")
         judged(name, out)
     done = [name for name in (*ONLINE, *OFFLINE) if (out / f"{name}-judged" / "evaluation.json").is_file()]
     results = {name: judged(name, out) for name in done}
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print("| method | gold | win rate | learned score | KL | tokens | finished | seconds | GB |")
+    print("| method | gold | win rate | learned score | KL | tokens | finished | processor seconds | GB |")
     print("|---|---|---|---|---|---|---|---|---|")
     for name, row in sorted(results.items(), key=lambda item: -item[1]["gold_ppo"]):
         print(
