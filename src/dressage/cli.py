@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from functools import cache
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
@@ -218,6 +220,52 @@ def report(
     from dressage.monitor.report import write_report
 
     typer.echo(write_report(folder, language=language.value))
+
+
+@app.command()
+def doctor(
+    target: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="TARGET", help="A recipe, a run's folder, a model's, or a data file; none: the starter's."
+        ),
+    ] = None,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines: one JSON object.")] = False,
+) -> None:
+    """Look for what goes wrong silently, before it does: 31 checks. Exit code 1 if one finds a fault."""
+    import tempfile
+
+    chosen = overrides or []
+    if target is not None and "=" in target and not Path(target).exists():
+        chosen, target = [target, *chosen], None
+    console = _console()
+    with tempfile.TemporaryDirectory() as scratch, Console(stderr=True).status("loading") as status:
+        _quiet()
+        from dressage.doctor import examine, report_of
+        from dressage.doctor.target import subject_of
+
+        subject = subject_of(target, chosen, Path(scratch))
+        subject.load()
+        results = examine(subject, told=lambda check: status.update(f"{check.number}: {check.name}"))
+    faults = sum(one.finding.level == "fault" for one in results)
+    if as_json:
+        typer.echo(json.dumps(report_of(target, subject, results), indent=2, ensure_ascii=False, allow_nan=False))
+    else:
+        _say(console, f"[bold]doctor[/] {target or 'of the starter recipe'}, on {subject.model.name}")
+        table = Table("", "check", "verdict", "evidence", box=None, pad_edge=False)
+        colours = {"ok": "green", "warn": "yellow", "fault": "bold red", "not applicable": "dim"}
+        for one in results:
+            level, evidence = one.finding.level, escape(one.finding.evidence)
+            if level in ("warn", "fault"):
+                evidence += f"\n[bold]-> {escape(one.check.remedy)}[/]"
+            table.add_row(str(one.check.number), one.check.name, f"[{colours[level]}]{level}[/]", evidence)
+        console.print(table)
+        counts = Counter[str](one.finding.level for one in results)
+        told = ", ".join(f"{counts[level]} {level}" for level in colours if counts[level])
+        _say(console, f"{told}; {sum(one.seconds for one in results):.0f} seconds")
+    if faults:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -14,7 +14,7 @@ Command = Callable[..., Any]
 Write = Callable[..., Path]
 
 VERBS = ["quickstart", "run", "sft", "reward", "dpo", "ppo", "rl", "sample", "rank", "evaluate", "chat", "report"]
-VERBS += ["recipes", "algorithms"]
+VERBS += ["doctor", "recipes", "algorithms"]
 STAGES = ["sft", "samples", "rank", "reward", "ppo", "before", "after", "evaluate"]
 PIPELINE = """
 description: The whole loop in seconds.

@@ -17,6 +17,7 @@ from dressage.batches import RatingBatch
 from dressage.config import DpoConfig, PpoConfig, RewardConfig, SftConfig
 from dressage.data.collate import collate_demonstrations, collate_rankings, collate_ratings
 from dressage.data.merge import standardised
+from dressage.doctor import glance
 from dressage.models.files import Normalisation, load_backbone, save_role
 from dressage.models.roles import Role, ScalarHead
 from dressage.monitor.watch import Watch
@@ -35,7 +36,7 @@ def sft(config: SftConfig, folder: Path, console: Console | None) -> None:
     """Demonstrations -> a policy that imitates them: folder/policy."""
     template = assemble.build_template(config.model)
     rows = assemble.build_rows("demonstrations", config.data, template, config.seed)
-    note(folder, rows.notes, console)
+    note(folder, (*rows.notes, *glance(config, template, "demonstrations", rows)), console)
     backbone = load_backbone(assemble.learning_model(config))
     policy = assemble.build_role(backbone, "policy", config.lora, seed=config.seed)
     steps = assemble.total_steps(config.training, len(rows.train))
@@ -57,7 +58,7 @@ def reward(config: RewardConfig, folder: Path, console: Console | None) -> None:
     row = algorithm(f"reward_{config.loss}").with_settings(config.settings)
     template = assemble.build_template(config.model)
     rows = assemble.build_rows("rankings", config.data, template, config.seed)
-    note(folder, rows.notes, console)
+    note(folder, (*rows.notes, *glance(config, template, "rankings", rows)), console)
     train_rows, heldout = list(rows.train), list(rows.heldout)
     if config.loss == "regression":
         train_rows, heldout = standardised(train_rows, heldout)
@@ -99,8 +100,9 @@ def dpo(config: DpoConfig, folder: Path, console: Console | None) -> None:
     row = assemble.build_preference_algorithm(config)
     template = assemble.build_template(config.model)
     one_by_one = RatingBatch in row.losses
-    rows = assemble.build_rows("ratings" if one_by_one else "rankings", config.data, template, config.seed)
-    note(folder, rows.notes, console)
+    kind: assemble.Records = "ratings" if one_by_one else "rankings"
+    rows = assemble.build_rows(kind, config.data, template, config.seed)
+    note(folder, (*rows.notes, *glance(config, template, kind, rows)), console)
     backbone = load_backbone(assemble.learning_model(config))
     train_rows, heldout = list(rows.train), list(rows.heldout)
     if "reference" in row.roles:
@@ -145,7 +147,7 @@ def ppo(config: PpoConfig, folder: Path, console: Console | None) -> None:
             config.ptx.batch_size,
             config.seed,
         )
-    note(folder, rows.notes, console)
+    note(folder, (*rows.notes, *glance(config, template, "prompts", rows)), console)
     assemble.check_rewards(config, rows.train)
     backbone = load_backbone(assemble.learning_model(config))
     scorer, learned = assemble.build_rewards(config, backbone, template)
