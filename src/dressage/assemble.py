@@ -432,11 +432,10 @@ def build_reward_model(
     role.backbone.freeze_base()
     for parameter in role.parameters().values():
         parameter.requires_grad_(False)
-    if role.backbone is backbone:
-        return LearnedReward(role)
     template = build_template(saved_model(Path(folder)))
-    shared = template.tokenizer.get_vocab() == own.tokenizer.get_vocab() and template.source == own.source
-    return LearnedReward(role, None if shared and template.system == own.system else template)
+    # On one base too: a reward model knows answers as they were written when it was trained.
+    writing = ((t.tokenizer.get_vocab(), t.source, t.system, t.thinking) for t in (template, own))
+    return LearnedReward(role, None if next(writing) == next(writing) else template)
 
 
 def build_reference(config: PpoConfig, backbone: Backbone) -> Role:

@@ -26,6 +26,7 @@ from dressage.models import files, scoring
 from dressage.models.lora import Backbone
 from dressage.models.roles import Role, ScalarHead
 from dressage.recipe import load_stage
+from dressage.rewards.learned import LearnedReward
 from dressage.rollout import native
 from dressage.schema import Reward, Rollout
 from dressage.training import optimizer, update
@@ -457,9 +458,15 @@ def test_a_reference_below_the_start(run_folder: Path, scratch: Path, monkeypatc
     assert got.level == "fault", got
 
 
-def test_a_reward_model_of_another_system_turn(run_folder: Path, scratch: Path) -> None:
-    of = subject_of(str(run_folder), ["stages.ppo.model.system=Be kind."], scratch)
-    got = finding(21, of)
+def test_a_reward_model_of_another_system_turn(
+    run_folder: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = ["stages.ppo.model.system=Be kind."]
+    got = finding(21, subject_of(str(run_folder), changes, scratch))
+    assert got.level == "ok" and got.evidence == "another system turn, written anew"
+    build = assemble.build_reward_model
+    monkeypatch.setattr(assemble, "build_reward_model", lambda *given: LearnedReward(build(*given).role))
+    got = finding(21, subject_of(str(run_folder), changes, scratch))
     assert got.level == "fault" and got.evidence == "another system turn, read as they are"
 
 
