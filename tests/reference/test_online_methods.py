@@ -204,6 +204,8 @@ def test_cispo_weighs_and_lets_no_token_go() -> None:
     loss = weighted_likelihood(log_ratio, adv, torch.ones(1, 3).bool(), row.settings)  # type: ignore[arg-type]
     (found,) = torch.autograd.grad(loss.sum(), log_ratio)
     assert_close(found, tensor([[-0.01, 6.0, -5.0]]))
+    # With a lower bound of 1/2 the rarest one weighs that.
+    assert_close(per_token(weighted_likelihood, [[0.01]], [[1.0]], clip_low=0.5), tensor([[-0.5 * log(0.01)]]))
 
 
 def test_gspo_clips_whole_answers() -> None:
@@ -291,11 +293,11 @@ def test_logits_gradient_by_hand() -> None:
 
 def test_the_price_of_leaving_the_old_policy() -> None:
     """old_kl_coef x (ratio - 1 - log ratio); its gradient is the KL's, exactly so on average over the old policy."""
-    row = algorithm("ppo_penalty").with_settings({"old_kl_coef": 2.0})
+    row = algorithm("ppo_penalty").with_settings({"old_kl_coef": 0.5})
     batch = experience(row)
     scores = TokenScores(batch.old_logprobs + log(1.5))
     terms = row.losses[Experience](scores, batch.values, batch, row.settings)
-    assert_close(terms["old_kl"][batch.response_mask], torch.full((6,), 2 * (0.5 - log(1.5))))
+    assert_close(terms["old_kl"][batch.response_mask], torch.full((6,), 0.5 * (0.5 - log(1.5))))
     assert "old_kl" not in algorithm("ppo").losses[Experience](scores, batch.values, batch, algorithm("ppo").settings)
 
     old, logits = tensor([0.2, 0.5, 0.3]).double(), tensor([0.1, -0.4, 0.7]).double().requires_grad_()
@@ -349,6 +351,8 @@ def test_settings_out_of_range_are_named(name: str, value: float) -> None:
 def test_only_what_can_be_off_can_be_none() -> None:
     off = replace(PLAIN, value_clip=None, dual_clip=None, stop_kl=None, max_kl=None)
     assert off.value_clip is None
+    on = replace(PLAIN, clip_low=1.0, value_clip=0.0, dual_clip=1.1, stop_kl=0.01, max_kl=0.01, gamma=1.0, lam=0.0)
+    assert on.dual_clip == 1.1
     with pytest.raises(ConfigError, match=r"settings\.gamma must be set"):
         replace(PLAIN, gamma=None)  # type: ignore[arg-type]
 

@@ -72,6 +72,8 @@ def test_the_clip_has_two_sides() -> None:
         (1.0, 0.0, 2.0, 0.5 * 1.8**2),  # ran ahead towards the target: held at 0.2, and no gradient
         (1.0, 0.0, -1.0, 0.5 * 4.0),  # ran the wrong way: the full error pulls back
         (1.0, 0.0, 0.9, 0.5 * 0.7**2),  # nearly there, but held at 0.2
+        (-1.0, 0.0, -2.0, 0.5 * 1.8**2),  # downwards too
+        (0.5, 0.4, 0.0, 0.5 * 0.25),  # a step up within the clip, away from the target
     ],
 )
 def test_value_clip_by_hand(value: float, old: float, target: float, expected: float) -> None:
@@ -133,7 +135,7 @@ def test_what_the_clip_holds_back_by_hand(ratio: float, advantage: float, held: 
     """A good token above 1.2, a bad one below 0.8; no others, and none that has nothing to gain."""
     log_ratio, advantages = tensor([[log(ratio)]], requires_grad=True), tensor([[advantage]])
     term = clipped_surrogate(log_ratio, advantages, clip_low=0.2, clip_high=0.2)
-    assert held_back(term, log_ratio, advantages).tolist() == [[held]]
+    assert_close(held_back(term, log_ratio, advantages), tensor([[held]]))
 
 
 def test_optional_terms_need_what_they_are_made_of() -> None:
@@ -149,7 +151,15 @@ def test_optional_terms_need_what_they_are_made_of() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("clip_low", 1.2), ("gamma", -0.1), ("lam", 1.01), ("value_clip", -1.0), ("clip_high", -0.2)]
+    ("name", "value"),
+    [
+        ("clip_low", 1.2),
+        ("gamma", -0.1),
+        ("gamma", 1.01),
+        ("lam", 1.01),
+        ("value_clip", -1.0),
+        ("clip_high", -0.2),
+    ],
 )
 def test_a_setting_out_of_range_is_named(name: str, value: float) -> None:
     with pytest.raises(ConfigError, match=rf"settings\.{name}={value}"):
@@ -283,6 +293,16 @@ def test_averages_by_hand(weigh: Callable[..., Tensor], expected: float) -> None
     totals = count([COUNTED], max_length=5)
     assert totals == Totals(tokens=4, sequences=2, max_length=5)
     assert aggregate(LOSSES, COUNTED, totals, weigh).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("weigh", [token_mean, sequence_mean, constant_length])
+def test_what_does_not_count_may_be_anything(weigh: Weigh) -> None:
+    losses = LOSSES.masked_fill(~COUNTED, float("nan")).requires_grad_()
+    totals = count([COUNTED], max_length=5)
+    share = aggregate(losses, COUNTED, totals, weigh)
+    share.backward()
+    assert share.item() == pytest.approx(aggregate(LOSSES, COUNTED, totals, weigh).item())
+    assert losses.grad is not None and torch.equal(losses.grad != 0, COUNTED)
 
 
 @pytest.mark.parametrize("weigh", [token_mean, sequence_mean, constant_length])

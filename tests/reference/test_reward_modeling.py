@@ -233,6 +233,9 @@ def test_normalised_scores_have_mean_0_and_deviation_1() -> None:
     gain, bias = affine_normalisation(tensor([2.0, 4.0, 9.0]))
     assert gain.item() == pytest.approx((3 / 26) ** 0.5)
     assert bias.item() == pytest.approx(-5 * (3 / 26) ** 0.5)
+    # A hundredth of it: scores are spread as well as drawn in.
+    close, _ = affine_normalisation(tensor([0.02, 0.04, 0.09]))
+    assert close.item() == pytest.approx(100 * (3 / 26) ** 0.5)
 
 
 def test_equal_scores_are_only_moved() -> None:
