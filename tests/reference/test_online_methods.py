@@ -270,6 +270,14 @@ def test_away_from_the_old_policy_by_hand() -> None:
     assert slope("trpo", trpo, far)[good].item() == pytest.approx(-6.0 / 6 * trpo.advantages[0, 1].item(), abs=1e-5)
 
 
+def test_gspo_sees_the_answer_where_ppo_sees_its_tokens() -> None:
+    """Ratios 5/4 and 4/5 make an answer's 1, inside any clip: both tokens get a fourth of A s / length = 1/2."""
+    apart = torch.zeros(4, 3)
+    apart[0, 1:] = tensor([log(1.25), -log(1.25)])
+    assert slope("gspo", experience(algorithm("gspo")), apart)[0].tolist() == pytest.approx([-1 / 8, -1 / 8], abs=1e-5)
+    assert slope("grpo", experience(algorithm("grpo")), apart)[0].tolist() == pytest.approx([0.0, -0.8 / 8], abs=1e-5)
+
+
 def test_logits_gradient_by_hand() -> None:
     """Logits 1, 2, 1, 1, the second token taken, advantage 1: every row climbs along its one-hot less the policy."""
     for name in ONLINE:

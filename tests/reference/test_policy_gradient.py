@@ -24,7 +24,9 @@ from dressage.algorithms.aggregate import (
     sequence_mean,
     token_mean,
 )
+from dressage.algorithms.kl import k2, k3
 from dressage.algorithms.policy_gradient import (
+    Estimator,
     PolicyGradientSettings,
     clipped_surrogate,
     clipped_value_loss,
@@ -114,6 +116,27 @@ def test_terms_are_signed_and_weighted() -> None:
         "kl": tensor([0.05 * 0.5 * log(1.5) ** 2, 0.05 * 0.5 * log(0.5) ** 2]),
     }
     assert_close(terms, expected)
+
+
+@pytest.mark.parametrize("kl", [k2, k3])
+def test_terms_pull_as_they_cost(kl: Estimator) -> None:
+    """A value held by its clip has no slope; k2 has the log-ratio, k3 one less the ratio of the other to the policy."""
+    given, at, batch = by_hand()
+    assert given.entropy is not None
+    leaves = [each.clone().requires_grad_() for each in (given.logprobs, given.entropy, at)]
+    logprobs, entropy, values = leaves
+    settings = replace(ALL_TERMS, old_kl_coef=0.4)
+    terms = policy_loss(TokenScores(logprobs, entropy), values, batch, settings, kl=kl)
+
+    def slope(name: str, leaf: Tensor) -> Tensor:
+        (found,) = torch.autograd.grad(terms[name][0, 1:].sum(), leaf, retain_graph=True)
+        return found[0, 1:]
+
+    assert_close(slope("value", values), tensor([0.0, 0.3 * (0.1 - 1.0)]))
+    assert_close(slope("entropy", entropy), tensor([-0.02, -0.02]))
+    by_log_ratio, by_ratio = tensor([log(1.5), log(0.5)]), tensor([1 - 1 / 1.5, 1 - 1 / 0.5])
+    assert_close(slope("kl", logprobs), 0.05 * (by_log_ratio if kl is k2 else by_ratio))
+    assert_close(slope("old_kl", logprobs), 0.4 * tensor([1.5 - 1, 0.5 - 1]))
 
 
 def test_statistics_by_hand() -> None:

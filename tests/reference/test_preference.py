@@ -89,6 +89,14 @@ def test_the_loss_at_initialisation(name: str, expected: float) -> None:
 # --- losses and gradients by hand -------------------------------------------------------------------------------------
 
 
+def test_an_answers_log_probability_is_the_sum_over_its_tokens() -> None:
+    logprobs, mask = (
+        tensor([[-9.0, -1.0, -2.0], [-0.5, -9.0, -9.0]]),
+        tensor([[False, True, True], [True, False, False]]),
+    )
+    assert summed_over_answers(logprobs, mask).tolist() == [-3.0, -0.5]
+
+
 def test_dpo_by_hand() -> None:
     """Better: -5 against -6 of the reference, worse: -9 against -7. Margin 0.5 (1 + 2) = 1.5."""
     row = algorithm("dpo").with_settings({"beta": 0.5})
