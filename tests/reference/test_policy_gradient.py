@@ -118,6 +118,16 @@ def test_terms_are_signed_and_weighted() -> None:
     assert_close(terms, expected)
 
 
+def test_the_whole_kl_stands_in_place_of_its_estimate() -> None:
+    scores, values, batch = by_hand()
+    settings = replace(ALL_TERMS, full_kl=True)
+    whole = replace(scores, full_kl=tensor([[9.0, 0.2, 0.6]]))
+    assert_close(policy_loss(whole, values, batch, settings)["kl"][0, 1:], tensor([0.05 * 0.2, 0.05 * 0.6]))
+    assert_close(policy_statistics(whole, values, batch, settings)["full_kl"][0, 1:], tensor([0.2, 0.6]))
+    with pytest.raises(AssertionError, match="distributions"):
+        policy_loss(scores, values, batch, settings)
+
+
 @pytest.mark.parametrize("kl", [k2, k3])
 def test_terms_pull_as_they_cost(kl: Estimator) -> None:
     """A value held by its clip has no slope; k2 has the log-ratio, k3 one less the ratio of the other to the policy."""
