@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 if TYPE_CHECKING:
     from click.testing import Result
@@ -23,6 +23,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 # A busy machine is no reason to fail, and a failure must come back when it is looked for.
 settings.register_profile("dressage", deadline=None, derandomize=True, print_blob=True)
+# benchmarks/mutation.py wants to know that a test fails, not on what smallest example.
+settings.register_profile("mutation", settings.get_profile("dressage"), phases=[Phase.explicit, Phase.generate])
 settings.load_profile("dressage")
 
 

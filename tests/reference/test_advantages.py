@@ -59,6 +59,11 @@ def test_gae_by_hand_over_a_gap() -> None:
     assert_close(gae(rewards, values, mask, gamma=0.9, lam=0.5), tensor([[0.0, first, 0.0, last, 0.0]]))
 
 
+def test_gae_of_an_answer_of_one_token() -> None:
+    """Nothing comes after it: what it earned less what was expected."""
+    assert gae(tensor([[2.0]]), tensor([[0.5]]), tensor([[True]]), gamma=0.9, lam=0.5).tolist() == [[1.5]]
+
+
 @given(seeds, shares)
 def test_lambda_1_is_monte_carlo_minus_value(seed: int, gamma: float) -> None:
     rewards, values, mask = episode(seed)
@@ -110,6 +115,8 @@ def test_group_normalized_by_hand() -> None:
     """Scores 1, 2, 5, 8: mean 4, population variance 7.5."""
     advantages = group_normalized(SCORES, PROMPTS)[PROMPTS == 0]
     assert_close(advantages, tensor([-3.0, -2.0, 1.0, 4.0]) / 7.5**0.5)
+    damped = group_normalized(SCORES, PROMPTS, epsilon=0.5)[PROMPTS == 0]
+    assert_close(damped, tensor([-3.0, -2.0, 1.0, 4.0]) / (7.5**0.5 + 0.5))
 
 
 @given(seeds)

@@ -90,6 +90,13 @@ def test_rewards_of_tokens_by_hand() -> None:
     assert_close(per_token_rewards(), tensor(expected))
 
 
+def test_a_kl_over_the_vocabulary_is_priced_in_its_place_and_only_in_the_answer() -> None:
+    kl = torch.full((3, 5), 44.0)
+    kl[0, 2:], kl[1, 1:3], kl[2, 3] = tensor([0.5, 0.25, 1.0]), tensor([2.0, 0.0]), 3.0
+    expected = [[0, 0, -0.05, -0.025, -0.1 + 1.0], [0, -0.2, -2.0, 0, 0], [0, 0, 0, -0.3 + 8.0, 0]]
+    assert_close(per_token_rewards(token_kl=kl), tensor(expected))
+
+
 def test_the_score_falls_on_the_last_token_the_policy_chose() -> None:
     """Not on the last of the text: here a tool wrote on after the answers."""
     samples, *rest = case()

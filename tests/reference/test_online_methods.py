@@ -185,6 +185,7 @@ def test_dual_clip_by_hand() -> None:
     """A bad token made five times as likely costs 3 and pulls no more; good tokens and mild ratios are as in PPO."""
     found = per_token(clipped, [[5.0, 2.0, 0.5, 5.0]], [[-1.0, -1.0, -1.0, 1.0]], dual_clip=3.0)
     assert_close(found, tensor([[3.0, 2.0, 0.8, -1.2]]))
+    assert_close(per_token(clipped, [[5.0]], [[0.5]], dual_clip=3.0), tensor([[-0.6]]))
     assert_close(per_token(clipped, [[5.0]], [[-1.0]]), tensor([[5.0]]))
     log_ratio = tensor([[log(5.0)]], requires_grad=True)
     term = clipped_surrogate(log_ratio, tensor([[-1.0]]), clip_low=0.2, clip_high=0.2, dual_clip=3.0)
@@ -204,6 +205,8 @@ def test_cispo_weighs_and_lets_no_token_go() -> None:
     loss = weighted_likelihood(log_ratio, adv, torch.ones(1, 3).bool(), row.settings)  # type: ignore[arg-type]
     (found,) = torch.autograd.grad(loss.sum(), log_ratio)
     assert_close(found, tensor([[-0.01, 6.0, -5.0]]))
+    # With a lower bound of 1/2 the rarest one weighs that.
+    assert_close(per_token(weighted_likelihood, [[0.01]], [[1.0]], clip_low=0.5), tensor([[-0.5 * log(0.01)]]))
 
 
 def test_gspo_clips_whole_answers() -> None:
@@ -268,6 +271,14 @@ def test_away_from_the_old_policy_by_hand() -> None:
     assert slope("trpo", trpo, far)[good].item() == pytest.approx(-6.0 / 6 * trpo.advantages[0, 1].item(), abs=1e-5)
 
 
+def test_gspo_sees_the_answer_where_ppo_sees_its_tokens() -> None:
+    """Ratios 5/4 and 4/5 make an answer's 1, inside any clip: both tokens get a fourth of A s / length = 1/2."""
+    apart = torch.zeros(4, 3)
+    apart[0, 1:] = tensor([log(1.25), -log(1.25)])
+    assert slope("gspo", experience(algorithm("gspo")), apart)[0].tolist() == pytest.approx([-1 / 8, -1 / 8], abs=1e-5)
+    assert slope("grpo", experience(algorithm("grpo")), apart)[0].tolist() == pytest.approx([0.0, -0.8 / 8], abs=1e-5)
+
+
 def test_logits_gradient_by_hand() -> None:
     """Logits 1, 2, 1, 1, the second token taken, advantage 1: every row climbs along its one-hot less the policy."""
     for name in ONLINE:
@@ -291,11 +302,11 @@ def test_logits_gradient_by_hand() -> None:
 
 def test_the_price_of_leaving_the_old_policy() -> None:
     """old_kl_coef x (ratio - 1 - log ratio); its gradient is the KL's, exactly so on average over the old policy."""
-    row = algorithm("ppo_penalty").with_settings({"old_kl_coef": 2.0})
+    row = algorithm("ppo_penalty").with_settings({"old_kl_coef": 0.5})
     batch = experience(row)
     scores = TokenScores(batch.old_logprobs + log(1.5))
     terms = row.losses[Experience](scores, batch.values, batch, row.settings)
-    assert_close(terms["old_kl"][batch.response_mask], torch.full((6,), 2 * (0.5 - log(1.5))))
+    assert_close(terms["old_kl"][batch.response_mask], torch.full((6,), 0.5 * (0.5 - log(1.5))))
     assert "old_kl" not in algorithm("ppo").losses[Experience](scores, batch.values, batch, algorithm("ppo").settings)
 
     old, logits = tensor([0.2, 0.5, 0.3]).double(), tensor([0.1, -0.4, 0.7]).double().requires_grad_()
@@ -349,6 +360,8 @@ def test_settings_out_of_range_are_named(name: str, value: float) -> None:
 def test_only_what_can_be_off_can_be_none() -> None:
     off = replace(PLAIN, value_clip=None, dual_clip=None, stop_kl=None, max_kl=None)
     assert off.value_clip is None
+    on = replace(PLAIN, clip_low=1.0, value_clip=0.0, dual_clip=1.1, stop_kl=0.01, max_kl=0.01, gamma=1.0, lam=0.0)
+    assert on.dual_clip == 1.1
     with pytest.raises(ConfigError, match=r"settings\.gamma must be set"):
         replace(PLAIN, gamma=None)  # type: ignore[arg-type]
 

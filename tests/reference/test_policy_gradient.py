@@ -24,7 +24,9 @@ from dressage.algorithms.aggregate import (
     sequence_mean,
     token_mean,
 )
+from dressage.algorithms.kl import k2, k3
 from dressage.algorithms.policy_gradient import (
+    Estimator,
     PolicyGradientSettings,
     clipped_surrogate,
     clipped_value_loss,
@@ -72,6 +74,8 @@ def test_the_clip_has_two_sides() -> None:
         (1.0, 0.0, 2.0, 0.5 * 1.8**2),  # ran ahead towards the target: held at 0.2, and no gradient
         (1.0, 0.0, -1.0, 0.5 * 4.0),  # ran the wrong way: the full error pulls back
         (1.0, 0.0, 0.9, 0.5 * 0.7**2),  # nearly there, but held at 0.2
+        (-1.0, 0.0, -2.0, 0.5 * 1.8**2),  # downwards too
+        (0.5, 0.4, 0.0, 0.5 * 0.25),  # a step up within the clip, away from the target
     ],
 )
 def test_value_clip_by_hand(value: float, old: float, target: float, expected: float) -> None:
@@ -114,6 +118,37 @@ def test_terms_are_signed_and_weighted() -> None:
     assert_close(terms, expected)
 
 
+def test_the_whole_kl_stands_in_place_of_its_estimate() -> None:
+    scores, values, batch = by_hand()
+    settings = replace(ALL_TERMS, full_kl=True)
+    whole = replace(scores, full_kl=tensor([[9.0, 0.2, 0.6]]))
+    assert_close(policy_loss(whole, values, batch, settings)["kl"][0, 1:], tensor([0.05 * 0.2, 0.05 * 0.6]))
+    assert_close(policy_statistics(whole, values, batch, settings)["full_kl"][0, 1:], tensor([0.2, 0.6]))
+    with pytest.raises(AssertionError, match="distributions"):
+        policy_loss(scores, values, batch, settings)
+
+
+@pytest.mark.parametrize("kl", [k2, k3])
+def test_terms_pull_as_they_cost(kl: Estimator) -> None:
+    """A value held by its clip has no slope; k2 has the log-ratio, k3 one less the ratio of the other to the policy."""
+    given, at, batch = by_hand()
+    assert given.entropy is not None
+    leaves = [each.clone().requires_grad_() for each in (given.logprobs, given.entropy, at)]
+    logprobs, entropy, values = leaves
+    settings = replace(ALL_TERMS, old_kl_coef=0.4)
+    terms = policy_loss(TokenScores(logprobs, entropy), values, batch, settings, kl=kl)
+
+    def slope(name: str, leaf: Tensor) -> Tensor:
+        (found,) = torch.autograd.grad(terms[name][0, 1:].sum(), leaf, retain_graph=True)
+        return found[0, 1:]
+
+    assert_close(slope("value", values), tensor([0.0, 0.3 * (0.1 - 1.0)]))
+    assert_close(slope("entropy", entropy), tensor([-0.02, -0.02]))
+    by_log_ratio, by_ratio = tensor([log(1.5), log(0.5)]), tensor([1 - 1 / 1.5, 1 - 1 / 0.5])
+    assert_close(slope("kl", logprobs), 0.05 * (by_log_ratio if kl is k2 else by_ratio))
+    assert_close(slope("old_kl", logprobs), 0.4 * tensor([1.5 - 1, 0.5 - 1]))
+
+
 def test_statistics_by_hand() -> None:
     watched = {name: value[0, 1:] for name, value in policy_statistics(*by_hand(), ALL_TERMS).items()}
     expected = {
@@ -133,7 +168,7 @@ def test_what_the_clip_holds_back_by_hand(ratio: float, advantage: float, held: 
     """A good token above 1.2, a bad one below 0.8; no others, and none that has nothing to gain."""
     log_ratio, advantages = tensor([[log(ratio)]], requires_grad=True), tensor([[advantage]])
     term = clipped_surrogate(log_ratio, advantages, clip_low=0.2, clip_high=0.2)
-    assert held_back(term, log_ratio, advantages).tolist() == [[held]]
+    assert_close(held_back(term, log_ratio, advantages), tensor([[held]]))
 
 
 def test_optional_terms_need_what_they_are_made_of() -> None:
@@ -149,7 +184,15 @@ def test_optional_terms_need_what_they_are_made_of() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("clip_low", 1.2), ("gamma", -0.1), ("lam", 1.01), ("value_clip", -1.0), ("clip_high", -0.2)]
+    ("name", "value"),
+    [
+        ("clip_low", 1.2),
+        ("gamma", -0.1),
+        ("gamma", 1.01),
+        ("lam", 1.01),
+        ("value_clip", -1.0),
+        ("clip_high", -0.2),
+    ],
 )
 def test_a_setting_out_of_range_is_named(name: str, value: float) -> None:
     with pytest.raises(ConfigError, match=rf"settings\.{name}={value}"):
@@ -283,6 +326,16 @@ def test_averages_by_hand(weigh: Callable[..., Tensor], expected: float) -> None
     totals = count([COUNTED], max_length=5)
     assert totals == Totals(tokens=4, sequences=2, max_length=5)
     assert aggregate(LOSSES, COUNTED, totals, weigh).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("weigh", [token_mean, sequence_mean, constant_length])
+def test_what_does_not_count_may_be_anything(weigh: Weigh) -> None:
+    losses = LOSSES.masked_fill(~COUNTED, float("nan")).requires_grad_()
+    totals = count([COUNTED], max_length=5)
+    share = aggregate(losses, COUNTED, totals, weigh)
+    share.backward()
+    assert share.item() == pytest.approx(aggregate(LOSSES, COUNTED, totals, weigh).item())
+    assert losses.grad is not None and torch.equal(losses.grad != 0, COUNTED)
 
 
 @pytest.mark.parametrize("weigh", [token_mean, sequence_mean, constant_length])

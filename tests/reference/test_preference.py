@@ -89,6 +89,14 @@ def test_the_loss_at_initialisation(name: str, expected: float) -> None:
 # --- losses and gradients by hand -------------------------------------------------------------------------------------
 
 
+def test_an_answers_log_probability_is_the_sum_over_its_tokens() -> None:
+    logprobs, mask = (
+        tensor([[-9.0, -1.0, -2.0], [-0.5, -9.0, -9.0]]),
+        tensor([[False, True, True], [True, False, False]]),
+    )
+    assert summed_over_answers(logprobs, mask).tolist() == [-3.0, -0.5]
+
+
 def test_dpo_by_hand() -> None:
     """Better: -5 against -6 of the reference, worse: -9 against -7. Margin 0.5 (1 + 2) = 1.5."""
     row = algorithm("dpo").with_settings({"beta": 0.5})
@@ -161,6 +169,20 @@ def test_the_log_odds_of_a_certain_answer_are_finite() -> None:
     loss = loss_of(algorithm("orpo"), said, pairs([4, 4])).sum()
     loss.backward()
     assert loss.isfinite() and said.grad is not None and said.grad.isfinite().all()
+
+
+def test_answers_of_one_token_by_hand() -> None:
+    """Their mean is the token itself: SimPO's margin 2 (-1 + 2) - 1 = 1, IPO's -1 + 2 of the wanted 5."""
+    said = tensor([-1.0, -2.0])
+    assert loss_of(algorithm("simpo"), said, pairs([1, 1])).item() == pytest.approx(log(1 + exp(-1)))
+    assert loss_of(algorithm("ipo"), said, pairs([1, 1], [0.0, 0.0])).item() == pytest.approx((1 - 5) ** 2)
+
+
+@pytest.mark.parametrize("name", PAIRED)
+def test_the_terms_have_the_names_they_are_logged_under(name: str) -> None:
+    row, batch = algorithm(name), pairs([1, 1], [0.0, 0.0])
+    terms = row.losses[PreferenceBatch](tensor([0.0, 0.0]), batch, row.settings)
+    assert set(terms) == ({"nll", "odds"} if name == "orpo" else {"pair"})
 
 
 @pytest.mark.parametrize("name", PAIRED)
@@ -376,8 +398,14 @@ def test_rows_say_whether_they_need_a_reference_and_what_they_learn_from() -> No
         ("cdpo", {"label_smoothing": 0.5}, "settings.label_smoothing=0.5 must be at least 0 and below 0.5"),
         ("cdpo", {"label_smoothing": -0.1}, "settings.label_smoothing=-0.1"),
         ("ipo", {"label_smoothing": 0.1}, "settings.label_smoothing: unknown setting; known: beta"),
+        ("kto", {"beta": -0.1}, "settings.beta=-0.1 must be above 0"),
+        ("kto", {"good_weight": 0}, "settings.good_weight=0 must be above 0"),
         ("kto", {"bad_weight": 0}, "settings.bad_weight=0 must be above 0"),
         ("orpo", {"odds_coef": -1.0}, "settings.odds_coef=-1.0 must be above 0"),
+        ("online_dpo", {"beta": 0.0}, "settings.beta=0.0 must be above 0"),
+        ("online_dpo", {"label_smoothing": 0.5}, "settings.label_smoothing=0.5 must be"),
+        ("online_dpo", {"label_noise": -1.0}, "settings.label_noise=-1.0 must not be negative"),
+        ("simpo", {"beta": 0.0}, "settings.beta=0.0 must be above 0"),
         ("simpo", {"margin": -0.5}, "settings.margin=-0.5 must not be negative"),
     ],
 )
@@ -385,6 +413,10 @@ def test_settings_are_checked(name: str, changes: dict[str, Any], said: str) -> 
     with pytest.raises(ConfigError) as refused:
         algorithm(name).with_settings(changes)
     assert str(refused.value).startswith(said)
+
+
+def test_a_margin_of_0_is_allowed() -> None:
+    assert SimpoSettings(margin=0.0).margin == 0.0
 
 
 def test_rows_of_other_kinds_are_refused() -> None:

@@ -85,7 +85,8 @@ def test_whoever_never_lost_needs_a_prior() -> None:
 def test_elo_by_hand() -> None:
     """Equals: the winner takes half of K. Then the favourite gains less by winning than by its rival's loss."""
     after_one = elo([Game(0, 1)], 2, k_factor=32) * ELO_POINTS
-    assert after_one.tolist() == pytest.approx([16, -16])
+    assert after_one.tolist() == pytest.approx([16, -16]) and after_one.dtype == torch.double
+    assert_close(elo([Game(0, 1)], 2) * ELO_POINTS, after_one)  # 32 is the usual K
     expected = 1 / (1 + 10 ** (-32 / 400))
     twice = elo([Game(0, 1), Game(0, 1)], 2, k_factor=32) * ELO_POINTS
     assert twice.tolist() == pytest.approx([16 + 32 * (1 - expected), -16 - 32 * (1 - expected)])

@@ -17,16 +17,20 @@ from torch.testing import assert_close
 from dressage.algorithms.aggregate import aggregate_pairs, rankings_total
 from dressage.algorithms.reward_modeling import (
     RankingSettings,
+    RegressionSettings,
     affine_normalisation,
+    best_answers,
+    imitation_loss,
     learnt_from,
     log_exp,
     log_sig,
     ranking_loss,
     ranking_pairs,
     ranking_statistics,
+    regression_loss,
     within_margin,
 )
-from dressage.batches import PreferenceBatch
+from dressage.batches import PreferenceBatch, TokenScores
 from dressage.errors import ConfigError
 
 
@@ -172,6 +176,15 @@ def test_ties_by_hand() -> None:
     assert mean.item() == pytest.approx((sum(expected[:3]) / 3 + expected[3]) / 2, abs=1e-6)
 
 
+def test_ties_within_the_margin_by_hand() -> None:
+    """Margin 1/2, exp(2 x 1/2) - 1 = e - 1: ranked 0 = 1 > 2, scored 1, 0 and -1."""
+    batch = rankings(tensor([0, 0, 0]), tensor([0, 0, 1]))
+    settings = RankingSettings(ties="rao_kupper", margin=0.5)
+    pairs = ranking_loss(tensor([1.0, 0.0, -1.0]), batch, settings)["pair"]
+    tie = (exp(1) - 1) / (1 + exp(-0.5)) / (1 + exp(1.5))
+    assert pairs.tolist() == pytest.approx([log(1 + exp(-1.5)), log(1 + exp(-0.5)), -log(tie)], abs=1e-6)
+
+
 @given(st.floats(-20, 20), st.floats(0.01, 5))
 def test_winning_losing_and_a_tie_are_all_that_can_be(difference: float, margin: float) -> None:
     """Rao and Kupper's three probabilities add up to 1, and a tie is likeliest at equal scores."""
@@ -181,10 +194,32 @@ def test_winning_losing_and_a_tie_are_all_that_can_be(difference: float, margin:
     assert within_margin(one, other, margin) >= within_margin(other, other, margin) - 1e-12
 
 
-@pytest.mark.parametrize("changes", [{"ties": "no"}, {"ties": "rao_kupper"}, {"margin": -1.0}])
+@pytest.mark.parametrize("changes", [{"ties": "no"}, {"ties": "rao_kupper"}, {"margin": -1.0}, {"lm_coef": -0.1}])
 def test_settings_that_make_no_sense(changes: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="settings"):
         RankingSettings(**changes)
+
+
+def test_the_best_answers_are_those_that_won_and_never_lost() -> None:
+    """Ranked 0 = 1 > 2 and 4 > 3; the answers of the third prompt are tied, which says nothing of their worth."""
+    group, rank = tensor([7, 7, 7, 2, 2, 5, 5]), tensor([0, 0, 1, 4, 1, 0, 0])
+    rows = torch.arange(7)[:, None]
+    batch = replace(rankings(group, rank), tokens=rows, attention_mask=rows < 3, response_mask=rows != 1)
+    best = best_answers(batch)
+    assert best.tokens.tolist() == [[0], [1], [4]]
+    assert best.attention_mask.tolist() == [[True], [True], [False]]
+    assert best.loss_mask.tolist() == [[True], [False], [True]]
+    terms = imitation_loss(TokenScores(tensor([[-1.0], [-2.0], [0.0]])), best, RankingSettings(lm_coef=0.5))
+    assert {name: term.tolist() for name, term in terms.items()} == {"imitation": [[0.5], [1.0], [0.0]]}
+
+
+def test_grades_are_learnt_by_their_squared_error() -> None:
+    batch = replace(rankings(tensor([0, 0]), tensor([0, 0])), grade=tensor([0.5, -1.0]))
+    terms = regression_loss(tensor([1.0, 2.0], dtype=torch.bfloat16), batch, RegressionSettings())
+    assert_close(terms, {"squared_error": tensor([0.25, 9.0])})
+    assert learnt_from(batch, RegressionSettings()).tolist() == [0, 0]
+    with pytest.raises(AssertionError):
+        regression_loss(tensor([1.0, 2.0]), replace(batch, grade=None), RegressionSettings())
 
 
 def test_accuracy_by_hand() -> None:
@@ -233,6 +268,9 @@ def test_normalised_scores_have_mean_0_and_deviation_1() -> None:
     gain, bias = affine_normalisation(tensor([2.0, 4.0, 9.0]))
     assert gain.item() == pytest.approx((3 / 26) ** 0.5)
     assert bias.item() == pytest.approx(-5 * (3 / 26) ** 0.5)
+    # A hundredth of it: scores are spread as well as drawn in.
+    close, _ = affine_normalisation(tensor([0.02, 0.04, 0.09]))
+    assert close.item() == pytest.approx(100 * (3 / 26) ** 0.5)
 
 
 def test_equal_scores_are_only_moved() -> None:

@@ -100,6 +100,7 @@ GROUP = tensor([7, 7, 2, 2, 2, 7])
         ({"best": 9}, [0, 1, 2, 3, 4, 5]),
         ({"best": None, "threshold": 1.0}, [1, 2, 4]),
         ({"best": None, "threshold": 3.0}, []),
+        ({"best": 1, "threshold": 1.5}, [1, 2]),  # 4 is above it too, but not the best
         ({"best": None, "round_share": 0.5}, [1, 2, 4]),
         ({"best": None, "round_share": 0.4}, [1, 2, 4]),  # 2.4 answers are 3
         ({"best": 2, "threshold": 1.5, "round_share": 0.3}, [1]),  # of 1, 2 and 4; of the two that tie, the earlier
@@ -132,6 +133,7 @@ def test_at_most_so_many_are_kept() -> None:
         ({"best": 1.5}, "settings.best=1.5"),
         ({"best": True}, "settings.best=True"),
         ({"round_share": 0.0}, "settings.round_share=0.0"),
+        ({"round_share": 1.5}, "settings.round_share=1.5"),
         ({"round_share": None}, "settings.round_share=None"),
         ({"threshold": float("inf")}, "settings.threshold=inf"),
     ],
@@ -175,6 +177,8 @@ def test_the_best_is_ranked_above_the_worst() -> None:
     assert batch.tokens[:, 2].tolist() == [5, 4, 2, 3]
     assert (batch.group.tolist(), batch.rank.tolist()) == ([0, 0, 1, 1], [1, 0, 0, 1])
     assert batch.last.tolist() == [2] * 4
+    assert batch.attention_mask.tolist() == [[True] * 3 + [False] * 2] * 4
+    assert batch.response_mask.tolist() == [[False, False, True, False, False]] * 4
     assert batch.ref_answer_logprobs is not None
     assert batch.ref_answer_logprobs.tolist() == [-2.5, -2.0, -1.0, -1.5]
     everyone = ranked(rollouts, scores, OnlineDpoSettings(all_pairs=True), seed=1)

@@ -76,6 +76,8 @@ def test_conjugate_gradient_solves_linear_systems(seed: int, size: int) -> None:
     found = conjugate_gradient(lambda vector: matrix @ vector, target, iterations=3 * size)
     assert_close(found, torch.linalg.solve(matrix, target), rtol=1e-5, atol=1e-6)
     assert not conjugate_gradient(lambda vector: matrix @ vector, 0 * target).any()
+    tiny = conjugate_gradient(lambda vector: matrix @ vector, 1e-6 * target, iterations=3 * size)
+    assert_close(tiny / 1e-6, found)  # the system is linear: no size of a gradient is too small
 
 
 MATRIX = tensor([[4.0, 1.0], [1.0, 0.5]], dtype=torch.float64)
@@ -124,4 +126,18 @@ def test_it_goes_back_until_both_are_good(worse_up_to: int, kl_times: float, tri
 def test_no_step_is_better_than_a_bad_one() -> None:
     assert not trust_region_step(GRADIENT, lambda v: MATRIX @ v, lambda step: (-1.0, 0.0), max_kl=0.02).any()
     assert not trust_region_step(GRADIENT, lambda v: MATRIX @ v, lambda step: (1.0, 1.0), max_kl=0.02).any()
+    assert not trust_region_step(GRADIENT, lambda v: MATRIX @ v, lambda step: (0.0, 0.0), max_kl=0.02).any()
     assert not trust_region_step(0 * GRADIENT, lambda v: MATRIX @ v, quadratic, max_kl=0.02).any()
+
+
+def test_a_step_may_go_to_the_bound_itself() -> None:
+    assert trust_region_step(GRADIENT, lambda v: MATRIX @ v, lambda step: (1.0, 0.02), max_kl=0.02).any()
+
+
+def test_where_the_policy_does_not_change_nothing_is_tried() -> None:
+    """No curvature along the gradient: any step would be infinitely long."""
+
+    def trial(step: Tensor) -> tuple[float, float]:
+        raise AssertionError("tried")
+
+    assert not trust_region_step(GRADIENT, lambda vector: 0 * vector, trial, max_kl=0.02).any()

@@ -77,7 +77,7 @@ def gae(rewards: PerToken, values: PerToken, mask: Mask, *, gamma: float, lam: f
     return advantages
 
 
-def monte_carlo(rewards: PerToken, mask: Mask, *, gamma: float = 1.0) -> PerToken:
+def monte_carlo(rewards: PerToken, mask: Mask, *, gamma: float) -> PerToken:
     """Discounted sum of the rewards from each chosen token on: what GAE is at lambda 1 against values of 0."""
     return gae(rewards, torch.zeros_like(rewards), mask, gamma=gamma, lam=1.0)
 
