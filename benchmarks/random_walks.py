@@ -46,7 +46,7 @@ from dressage.pipeline import settings_hash, write_json
 from dressage.rollout.engine import Engine
 from dressage.schema import Demonstration, Message, Prompt, Reward, Rollout, Sampling
 from dressage.training.batch_sources import DatasetSource, RolloutSource, logprobs_of
-from dressage.training.online import updates_per_round
+from dressage.training.online import updates_of
 from dressage.training.trainer import BatchSource, train
 from dressage.training.update import Learner
 
@@ -317,7 +317,7 @@ def run(method: str, config: PpoConfig, graph: Graph, folder: Path) -> dict[str,
         reference=reference,
         value=value,
     )
-    updates = steps * updates_per_round(config)
+    updates = sum(updates_of(row, config, step) for step in range(steps))
     learn(source, assemble.build_learner(row, policy, config, updates, value=value), config, folder, steps)
     samples = scorer.scored
     rounds = [json.loads(line) for line in (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
