@@ -207,7 +207,7 @@ PROMISING = ("ppo", "grpo")
 
 FREE_CRITIC = {"value_coef": 1.0, "value_clip": None, "lam": 1.0}
 """The critic begins at 0 and is to follow rewards that rise to 0.9 in a minute: 0.2 a round at a tenth is too slow, and
-lam=0.95 trusts it too early (ppo with seed 3 then stayed at 0.942)."""
+lam=0.95 may trust it too early (ppo with seed 3 stayed at 0.942, at another rate)."""
 UNCLIPPED = {"optimizer": {"learning_rate": 1e-4}}
 """Nothing holds these at what the old policy did: at the common rate remax and actor_critic end at 0, rloo at 0.73."""
 OWN: Mapping[str, Mapping[str, Any]] = {
