@@ -350,7 +350,16 @@ def test_the_page_and_the_recipes_show_every_row() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("dual_clip", 1.0), ("stop_kl", 0.0), ("max_kl", -0.1), ("redraws", -1), ("redraws", 1.5), ("old_kl_coef", -1.0)],
+    [
+        ("dual_clip", 1.0),
+        ("stop_kl", 0.0),
+        ("max_kl", -0.1),
+        ("redraws", -1),
+        ("redraws", 1.5),
+        ("old_kl_coef", -1.0),
+        ("curvature_share", 0.0),
+        ("curvature_share", 1.5),
+    ],
 )
 def test_settings_out_of_range_are_named(name: str, value: float) -> None:
     with pytest.raises(ConfigError, match=rf"settings\.{name}={value}"):

@@ -14,7 +14,7 @@ import torch
 from dressage import assemble
 from dressage.algorithms.catalog import algorithm
 from dressage.algorithms.trust_region import exact_kl
-from dressage.batches import Experience, PreferenceBatch, SupervisedBatch
+from dressage.batches import Experience, PreferenceBatch, SupervisedBatch, select
 from dressage.config import LoraConfig, ModelConfig, OptimizerConfig, PpoConfig
 from dressage.errors import ConfigError
 from dressage.models.files import load_backbone, weights_hash
@@ -511,6 +511,24 @@ def test_trpo_moves_a_real_policy_within_its_bound(max_kl: float, share: float, 
     # The critic learns by its own optimizer, the policy has none.
     assert weights_hash(learns.value.parameters()) != value_before  # type: ignore[union-attr]
     assert all(name.startswith("value/") for name in learns.optimizer.moments())
+
+
+def test_trpo_measures_curvature_on_a_share_of_the_answers(tiny_model: Path) -> None:
+    """Of answers that are all the same, any share has the same Fisher matrix; of others, another: the bound stays."""
+
+    def stepped(share: float, rows: list[int]) -> tuple[torch.Tensor, float]:
+        learns = learner("trpo", tiny_model, max_kl=0.01, curvature_share=share)
+        batch = select(made_up(learns), torch.tensor(rows))
+        before = torch.cat([p.detach().flatten().clone() for p in learns.policy.parameters().values()])
+        gone = learns.update([batch])["trust_region/kl"]
+        after = torch.cat([p.detach().flatten() for p in learns.policy.parameters().values()])
+        return after - before, gone
+
+    alike = [stepped(share, [0] * 8)[0] for share in (1.0, 0.25)]
+    torch.testing.assert_close(*alike, rtol=1e-3, atol=1e-6)
+    (all_of_them, _), (some, gone) = (stepped(share, list(range(8))) for share in (1.0, 0.25))
+    assert torch.nn.functional.cosine_similarity(all_of_them, some, dim=0) < 0.999
+    assert 0 < gone <= 0.01
 
 
 def test_trpos_step_is_the_same_however_the_batch_is_cut(tiny_model: Path) -> None:

@@ -356,10 +356,10 @@ ALGORITHMS: Mapping[str, Algorithm] = {
             "trust-region policy optimisation",
             "-r A, by conjugate gradients on the Fisher matrix and a line search within max_kl nats a token",
             "Schulman et al. 2015, sec. 6 and app. C",
-            "A real bound on every step, on adapters or all weights; each costs about a dozen passes more.",
+            "A real bound on every step, on adapters or all weights; the matrix is of a quarter of the answers.",
         ),
         losses=_learns(unclipped),
-    ).with_settings({"max_kl": 0.01}),
+    ).with_settings({"max_kl": 0.01, "curvature_share": 0.25}),
     "a2c": A2C,
     "actor_critic": replace(
         A2C,

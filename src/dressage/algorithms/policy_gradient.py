@@ -38,6 +38,8 @@ class PolicyGradientSettings:
     """A round's updates end once the policy is so far from the old one, in nats a token; none: all are made."""
     max_kl: float | None = None
     """An update moves the policy at most so far, in nats a token, by TRPO's own step; none: the optimizer's step."""
+    curvature_share: float | None = None
+    """Of the answers of an update, those that the Fisher matrix of TRPO's step is measured on; none: all."""
     redraws: int = 0
     """Further draws of prompts in a round, in place of those whose answers all score the same."""
     ptx_coef: float = 0.0
@@ -51,7 +53,7 @@ class PolicyGradientSettings:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value is None and name not in ("dual_clip", "value_clip", "stop_kl", "max_kl"):
+            if value is None and name not in ("dual_clip", "value_clip", "stop_kl", "max_kl", "curvature_share"):
                 raise ConfigError(f"settings.{name} must be set")
         for name, high in {"clip_low": 1.0, "gamma": 1.0, "lam": 1.0}.items():
             if not 0 <= getattr(self, name) <= high:
@@ -63,6 +65,8 @@ class PolicyGradientSettings:
         for name, low in {"stop_kl": 0.0, "max_kl": 0.0, "dual_clip": 1.0}.items():
             if getattr(self, name) is not None and getattr(self, name) <= low:
                 raise ConfigError(f"settings.{name}={getattr(self, name)} must be above {low:g}")
+        if self.curvature_share is not None and not 0 < self.curvature_share <= 1:
+            raise ConfigError(f"settings.curvature_share={self.curvature_share} must lie above 0 and not above 1")
         if self.redraws != int(self.redraws):
             raise ConfigError(f"settings.redraws={self.redraws} must be a whole number")
 

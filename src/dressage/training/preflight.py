@@ -276,9 +276,8 @@ class Foresight:
             flops += config.reuse * (forward + new * 3 * shape.head)
         if settings.max_kl is not None:
             # A product is a forward pass and two backward ones; a trial reads the loss, and the policy twice.
-            flops += config.reuse * (
-                (ITERATIONS + 2) * (2 * tokens * policy.training + 6 * new * shape.head) + 3 * forward
-            )
+            product = (settings.curvature_share or 1) * (2 * tokens * policy.training + 6 * new * shape.head)
+            flops += config.reuse * ((ITERATIONS + 2) * product + 3 * forward)
         updates = config.reuse * len(cut)
         of = f" {learnt} are learnt from," if learnt < len(asked) else ""
         of += f" each time all so far from the first weights on, at last {at_last};" if row.afresh else ""

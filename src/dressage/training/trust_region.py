@@ -19,11 +19,18 @@ Answers = Callable[[], Iterator[tuple[Experience, Totals]]]
 
 
 def bounded_step(
-    policy: Role, answers: Answers, loss: Callable[[], float], *, temperature: float, max_kl: float
+    policy: Role,
+    answers: Answers,
+    measured: Answers,
+    loss: Callable[[], float],
+    *,
+    temperature: float,
+    max_kl: float,
 ) -> dict[str, float]:
     """Moves the policy against the gradient that lies on it, at most `max_kl` nats a token, and clears the gradient.
 
-    `loss` is what the gradient is of, at the weights as they are. Returns the gradient's norm, and how far the policy
+    `loss` is what the gradient is of, at the weights as they are; `measured` are those of the `answers` whose Fisher
+    matrix shapes the step, which is bounded on all of them. Returns the gradient's norm, and how far the policy
     went.
     """
     parameters = list(policy.parameters().values())
@@ -37,7 +44,7 @@ def bounded_step(
         return at_first - loss(), kl
 
     def product(vector: Vector) -> Vector:
-        return _fisher(policy, parameters, answers, vector, temperature)
+        return _fisher(policy, parameters, measured, vector, temperature)
 
     step = trust_region_step(gradient, product, trial, max_kl=max_kl)
     _write(parameters, before + step)
@@ -46,12 +53,14 @@ def bounded_step(
     return {"gradient/norm": float(gradient.norm()), "trust_region/kl": reached[float(step.norm())]}
 
 
-def _fisher(policy: Role, parameters: Sequence[Tensor], answers: Answers, vector: Vector, temperature: float) -> Vector:
+def _fisher(
+    policy: Role, parameters: Sequence[Tensor], measured: Answers, vector: Vector, temperature: float
+) -> Vector:
     """The Fisher matrix of an average token times a vector."""
     product = torch.zeros_like(vector)
     # The faster kernels have no second derivative.
     with sdpa_kernel(SDPBackend.MATH):
-        for piece, totals in answers():
+        for piece, totals in measured():
             logits = _logits(policy, piece, temperature)
             kl = exact_kl(logits.detach(), logits).sum() / max(totals.tokens, 1)
             product += fisher_product(kl, parameters, vector)

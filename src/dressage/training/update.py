@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -90,7 +91,7 @@ class Learner:
                     self.optimizer.step({})
                     return sums
             if settings.max_kl is not None and rates.pop("policy", None) is not None:
-                sums |= self._bounded_step(batches, settings.max_kl)
+                sums |= self._bounded_step(batches, settings.max_kl, settings.curvature_share or 1.0)
         return {"gradient/norm": self.optimizer.step(rates)} | sums
 
     def measure(self, batch: SupervisedBatch | PreferenceBatch | RatingBatch) -> Sums:
@@ -213,12 +214,15 @@ class Learner:
         measures[WORST] = float((watched["ratio"] - 1).abs().masked_fill(~mask, 0.0).amax())
         return _backward(shares) | measures | {"tokens": _size(batch.attention_mask)}
 
-    def _bounded_step(self, batches: Sequence[AnyBatch], max_kl: float) -> Sums:
+    def _bounded_step(self, batches: Sequence[AnyBatch], max_kl: float, curvature_share: float) -> Sums:
         """TRPO's step of the policy in the optimizer's place."""
 
-        def answers() -> Iterator[tuple[Experience, Totals]]:
+        def answers(share: float = 1.0) -> Iterator[tuple[Experience, Totals]]:
             for batch in batches:
                 if isinstance(batch, Experience):
+                    rows = len(batch.tokens)
+                    # Evenly over the batch, where answers to one prompt stand together.
+                    batch = select(batch, torch.linspace(0, rows - 1, math.ceil(share * rows)).round().long())
                     totals = count([batch.response_mask])
                     yield from ((piece, totals) for piece in self._pieces(batch))
 
@@ -228,7 +232,14 @@ class Learner:
             # The critic has weights of its own.
             return sums["loss"] - sums.get("loss/value", 0.0)
 
-        return bounded_step(self.policy, answers, loss, temperature=self.temperature, max_kl=max_kl)
+        return bounded_step(
+            self.policy,
+            answers,
+            lambda: answers(curvature_share),
+            loss,
+            temperature=self.temperature,
+            max_kl=max_kl,
+        )
 
     def _pieces(self, batch: Batch, by: Tensor | None = None) -> Iterator[Batch]:
         """Micro-batches of at most `micro_batch_tokens` padded tokens, rows of like length together, groups whole."""
