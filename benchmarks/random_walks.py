@@ -1,6 +1,6 @@
 """Random walks: the shortest way to one node of a graph, by every method that learns from its own answers.
 
-    python benchmarks/random_walks.py [--methods ppo,grpo] [--seeds 1,2,3] [--out runs/random_walks]
+    python benchmarks/random_walks.py [--methods ppo grpo ...] [--seeds 1 2 3] [--out runs/random_walks]
 
 The small benchmark of trlx (after the toy problem of Chen et al. 2021, Decision Transformer), built anew from its
 description: a language model of 1.5 million weights is taught random walks on a directed graph of 21 nodes, and then
@@ -202,7 +202,7 @@ def learn(source: BatchSource, learner: Learner, config: SftConfig | PpoConfig, 
 
 # --- the methods
 
-ONLINE = [name for name, row in ALGORITHMS.items() if row.advantage is not None]
+ONLINE = [name for name, row in ALGORITHMS.items() if row.samples]
 PROMISING = ("ppo", "grpo")
 
 FREE_CRITIC = {"value_coef": 1.0, "value_clip": None, "lam": 1.0}
@@ -421,10 +421,8 @@ def curves(found: Mapping[str, Mapping[str, Any]]) -> str:
 
 def main(arguments: Sequence[str] | None = None, sizes: Sizes = Sizes(), graph: Graph | None = None) -> int:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument(
-        "--methods", type=lambda text: text.split(","), help="rows of the catalog, with commas between"
-    )
-    options.add_argument("--seeds", type=lambda text: text.split(","), default=["1", "2", "3"])
+    options.add_argument("--methods", nargs="*", choices=ONLINE, default=[])
+    options.add_argument("--seeds", nargs="+", default=["1", "2", "3"])
     options.add_argument("--out", type=Path, default=Path("runs/random_walks"))
     chosen = options.parse_args(arguments)
     graph = graph or random_graph()
@@ -441,6 +439,7 @@ def main(arguments: Sequence[str] | None = None, sizes: Sizes = Sizes(), graph: 
             continue
         learn_walks(folder, graph, sizes, int(seed))
         runs[seed] = run(method, config, graph, folder / method)
+        found = {name: found[name] for name in ONLINE if name in found}
         write_json(path, found)
         (chosen.out / "curves.svg").write_text(curves(found), encoding="utf-8")
         print(table({method: {seed: runs[seed]}}).splitlines()[-1], flush=True)

@@ -498,8 +498,9 @@ class PpoConfig(StageConfig):
     """Folder of a reward model: short for rewards with this one part."""
     rewards: Mapping[PartName, RewardPart] = {}
     """Parts by name, of which the reward is the weighted sum (docs/rewards.md)."""
-    gold: Literal["simulated"] | None = None
-    """Log the simulated annotator's hidden preference beside the learned score. Never trained on."""
+    gold: str | None = None
+    """What is logged beside the score, and never trained on: "simulated", the simulated annotator's hidden preference,
+    or the name of a part of `rewards` with weight 0, such as a held-out reward model or a judge."""
     lora: LoraConfig | None = LoraConfig()
     rollout: RolloutConfig = RolloutConfig()
     value: ValueConfig = ValueConfig()
@@ -547,6 +548,11 @@ class PpoConfig(StageConfig):
             )
         if (self.reward_model is None) == (not self.rewards):
             raise ValueError("set either reward_model (a folder) or rewards (named parts)")
+        if self.gold not in (None, "simulated") and (self.gold not in self.rewards or self.rewards[self.gold].weight):
+            raise ValueError(
+                f'gold="{self.gold}": give "simulated", or the name of a part of rewards with weight: 0, which watches'
+                " and is not learnt from"
+            )
         _refuse_dropout(self.lora)
         _refuse_dropout(self.value.lora, "value.lora")
         return self

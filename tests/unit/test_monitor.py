@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from dressage.errors import DataError
-from dressage.monitor.health import CHECKS, verdicts
+from dressage.monitor.health import CHECKS, first_alarm, verdicts
 from dressage.monitor.metrics import METRICS, metric
 from dressage.monitor.writers import TELLING, Monitor, clock, read_metrics, read_samples
 
@@ -178,6 +178,28 @@ def test_a_healthy_run_has_nothing_to_say() -> None:
     found = verdicts("ppo", rows_of(HEALTHY))
     assert {verdict.metric for verdict in found} == HEALTHY.keys() - {"gold/mean"}
     assert [verdict for verdict in found if verdict.level != "ok"] == []
+
+
+@pytest.mark.parametrize(
+    ("score", "gold", "level"),
+    [
+        # Best three rounds 1.0, last three 8/15; squared differences of neighbours sum to 0.76 over 7, so a round's
+        # error is 0.2330, and the fall 0.4667 / (0.2330 sqrt(2 / 3)) = 2.45 standard errors.
+        ([0.1 * k for k in range(8)], [0.0, 0.5, 1.0, 1.0, 1.0, 0.9, 0.5, 0.2], "warn"),
+        # The same with a last three of -1/5: sum 1.16 over 8, error 0.2693, fall 1.2 / 0.2198 = 5.46.
+        ([0.1 * k for k in range(9)], [0.0, 0.5, 1.0, 1.0, 1.0, 0.5, 0.2, -0.2, -0.6], "stop"),
+        # The score fell with it: no case of being fooled, only of learning nothing.
+        ([-0.1 * k for k in range(8)], [0.0, 0.5, 1.0, 1.0, 1.0, 0.9, 0.5, 0.2], "warn"),
+        ([0.1 * k for k in range(5)], [1.0, 0.8, 0.6, 0.3, 0.0], "ok"),  # too early to say
+    ],
+)
+def test_gold_that_falls_from_its_best_by_hand(score: list[float], gold: list[float], level: str) -> None:
+    rows = rows_of({"reward/score_mean": score, "gold/mean": gold})
+    (verdict,) = (one for one in verdicts("ppo", rows) if one.metric == "reward/score_mean")
+    assert verdict.level == level
+    assert ("fooled" in verdict.reason) == (score[-1] > 0 and level != "ok")
+    alarm = first_alarm("ppo", "reward/score_mean", rows, {})
+    assert alarm == (rows[-1]["step"] if level == "stop" else None)
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def test_it_runs_learns_and_skips_what_is_done(
     # Out of node 1 two of three edges lead astray: random walks are far from the shortest.
     graph = walks.Graph(((), (0, 2, 3), (1,), (1,)), longest=5)
     sizes = walks.Sizes(walks=200, epochs=40, layers=1, width=64, heads=2, rounds=25, answers_per_prompt=4)
-    arguments = ["--methods", "ppo,grpo", "--seeds", "1", "--out", str(tmp_path)]
+    arguments = ["--methods", "ppo", "grpo", "--seeds", "1", "--out", str(tmp_path)]
     walks.main(arguments, sizes, graph)
     found = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     for method in ("ppo", "grpo"):

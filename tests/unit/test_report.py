@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from dressage.errors import DataError
-from dressage.monitor.charts import Line, Point, line_chart
+from dressage.monitor.charts import Flag, Line, Point, line_chart
+from dressage.monitor.curves import Distance, by_distance
 from dressage.monitor.metrics import METRICS
 from dressage.monitor.page import Html, el
 from dressage.monitor.report import write_report
@@ -209,6 +210,24 @@ class Outline(HTMLParser):
 
 def outline(path: Path) -> Outline:
     return Outline(path.read_text(encoding="utf-8"))
+
+
+def test_a_flag_stands_at_its_step() -> None:
+    """Steps 0 to 10 lie between x = 46 and 406; late labels stand to the left of their line."""
+    line = Line("score", METRICS["reward/score_mean"], [Point(step, 0.1 * step) for step in range(11)], 0)
+    chart = str(line_chart([line], title="t", step_word="step", flags=[Flag(5, "alarm"), Flag(10, "<end>")]))
+    assert '<line class="mark" x1="226.0" x2="226.0"' in chart
+    assert '<text x="230.0" y="32.0" class="tick ">alarm</text>' in chart
+    assert '<text x="402.0" y="45.0" class="tick end">&lt;end&gt;</text>' in chart
+
+
+def test_score_and_gold_by_distance_by_hand() -> None:
+    """Budgets of 1/4, 1/2, 1, 2, ... nats; a round without one of the three numbers is left out."""
+    rounds = [(-0.1, 1.0, 0.0), (0.2, 2.0, 1.0), (0.9, 3.0, 4.0), (1.0, 5.0, 2.0), (1.1, 6.0, 1.0), (3.0, 7.0, None)]
+    names = ("kl/reference_per_answer", "reward/score_mean", "gold/mean")
+    found = by_distance([dict(zip(names, one, strict=True)) for one in rounds])
+    assert found == [Distance(0.25, 2, 1.5, 0.5), Distance(1.0, 2, 4.0, 3.0), Distance(2.0, 1, 6.0, 1.0)]
+    assert by_distance([{"kl/reference_per_answer": 1.0, "reward/score_mean": 0.0}]) == []
 
 
 def test_a_whole_run_is_told_in_order(tmp_path: Path) -> None:

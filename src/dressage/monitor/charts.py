@@ -48,6 +48,13 @@ class Mark:
     label: str
 
 
+class Flag(NamedTuple):
+    """A step at which something happened."""
+
+    step: float
+    label: str
+
+
 class _Axis(NamedTuple):
     low: float
     high: float
@@ -84,7 +91,9 @@ class _Frame:
         return HEIGHT - _BOTTOM - axis.part(value) * (HEIGHT - _TOP - _BOTTOM)
 
 
-def line_chart(lines: Sequence[Line], *, title: str, step_word: str, marks: Sequence[Mark] = ()) -> Html:
+def line_chart(
+    lines: Sequence[Line], *, title: str, step_word: str, marks: Sequence[Mark] = (), flags: Sequence[Flag] = ()
+) -> Html:
     """The curves over the steps, at least one value on the left; each side's axis has the unit of its first line."""
     lines = [_thinned(line) for line in lines]
     left, right = [line for line in lines if not line.right], [line for line in lines if line.right]
@@ -100,6 +109,7 @@ def line_chart(lines: Sequence[Line], *, title: str, step_word: str, marks: Sequ
         *(_right_axis(frame, right[0]) if right else ()),
         *_bottom_axis(frame, step_word),
         *(_mark(frame, mark) for mark in marks),
+        *(_flag(frame, flag, row) for row, flag in enumerate(flags)),
         *(_curve(frame, line) for line in lines),
     ]
     x = [frame.x(step) for step in steps]
@@ -135,6 +145,13 @@ def _bottom_axis(frame: _Frame, step_word: str) -> list[str]:
 def _mark(frame: _Frame, mark: Mark) -> str:
     y = frame.y(mark.value)
     return _level("mark", frame, y) + _text(frame.end - 2, y - 4, "end", mark.label)
+
+
+def _flag(frame: _Frame, flag: Flag, row: int) -> str:
+    """Labels stand one below the other, on the side where there is room."""
+    x, late = frame.x(flag.step), frame.across.part(flag.step) > 0.6
+    line = f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{HEIGHT - _BOTTOM}"/>'
+    return line + _text(x - 4 if late else x + 4, _TOP + 10 + 13 * row, "end" if late else "", flag.label)
 
 
 def _curve(frame: _Frame, line: Line) -> str:

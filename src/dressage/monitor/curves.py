@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import Any
 
-from dressage.monitor.charts import Line, Mark, Point, line_chart
+from dressage.monitor.charts import Flag, Line, Mark, Point, line_chart
+from dressage.monitor.health import first_alarm
 from dressage.monitor.metrics import metric
 from dressage.monitor.page import Html, Say, el, join
 from dressage.monitor.run_folder import Stage, logged, number
@@ -105,6 +108,8 @@ def curves_section(stages: Sequence[Stage], say: Say) -> Html:
         for chart in (*planned, *others):
             if card := _card(stage, chart, say):
                 (more if chart.aside else shown).append(card)
+            if chart.curves is _REWARD and (distances := by_distance(stage.rows)):
+                shown.append(_distances(stage, distances, say))
     if not shown and not more:
         return Html()
     aside = el("details", el("summary", say("More curves")), el("div.charts", *more)) if more else Html()
@@ -125,6 +130,8 @@ def _card(stage: Stage, chart: Chart, say: Say) -> Html:
         lines = [replace(line, right=False) for line in lines]
     legend = [el(f"li.c{line.colour}", el("span", _legend(line, say))) for line in lines]
     marks = [Mark(mark.value, say(mark.label)) for mark in chart.marks]
+    alarms = [first_alarm(stage.kind, curve.name, stage.rows, stage.settings) for curve in chart.curves]
+    flags = [Flag(step, say("alarm")) for step in alarms if step is not None]
     notes = [say(chart.note) if chart.note and len(lines) > 1 else _healthy(lines[0], say)]
     if any(line.right for line in lines):
         notes.append(say("Two scales: compare when the curves rise and fall, not how high they are."))
@@ -132,8 +139,54 @@ def _card(stage: Stage, chart: Chart, say: Say) -> Html:
         "figure.card.plot",
         el("h4", say(chart.title), el("span", stage.name)),
         el("ul.legend", *legend),
-        line_chart(lines, title=say(chart.title), step_word=say("step"), marks=marks),
+        line_chart(lines, title=say(chart.title), step_word=say("step"), marks=marks, flags=flags),
         el("p.note", " ".join(filter(None, notes))),
+    )
+
+
+@dataclass(frozen=True)
+class Distance:
+    """The rounds in which the policy was at most so far from the reference, and farther than the budget before."""
+
+    kl: float
+    """Nats an answer."""
+    rounds: int
+    score: float
+    gold: float
+
+
+def by_distance(rows: Sequence[Mapping[str, Any]]) -> list[Distance]:
+    """Mean score and gold by KL budgets that double: what Gao et al. 2023 plot against the root of the KL."""
+    found: dict[float, list[tuple[float, float]]] = {}
+    for row in rows:
+        kl, score, gold = (number(row, name) for name in ("kl/reference_per_answer", "reward/score_mean", "gold/mean"))
+        if kl is not None and score is not None and gold is not None:
+            budget = 2.0 ** math.ceil(math.log2(max(kl, 0.25)))
+            found.setdefault(budget, []).append((score, gold))
+    return [
+        Distance(budget, len(pairs), fmean(score for score, _ in pairs), fmean(gold for _, gold in pairs))
+        for budget, pairs in sorted(found.items())
+    ]
+
+
+def _distances(stage: Stage, distances: Sequence[Distance], say: Say) -> Html:
+    best = max(distances, key=lambda one: one.gold)
+    rows = [
+        el(
+            "tr",
+            el("td", f"{one.kl:g}"),
+            el("td", f"{one.rounds}"),
+            el("td", f"{one.score:+.2f}"),
+            el("td", el("b", f"{one.gold:+.2f}") if one is best else f"{one.gold:+.2f}"),
+        )
+        for one in distances
+    ]
+    heads = [el("th", say(head)) for head in ("KL up to", "rounds", "score", "gold preference")]
+    return el(
+        "figure.card.plot",
+        el("h4", say("Score and gold by distance"), el("span", stage.name)),
+        el("table", el("thead", el("tr", *heads)), el("tbody", *rows)),
+        el("p.note", say("Where gold is highest the policy was at its best; what it gained beyond only looks better.")),
     )
 
 

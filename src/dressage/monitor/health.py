@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 Level = Literal["ok", "warn", "stop"]
@@ -79,6 +80,7 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
     "accuracy/heldout": (0.6, 0.5),  # a reward model's; below
     "ratio/first_max_error": (1e-4, 1e-2),
     "engine/max_logprob_difference": (1e-3, 1e-1),
+    "reward/score_mean": (2.0, 4.0),  # standard errors that gold has fallen from its best while the score has not
     "reward/score_std": (1e-3, 0.0),  # below
     "reward/clipped_share": (0.1, 0.5),
     "reward/length_correlation": (0.5, math.inf),  # either way; length may be what people want
@@ -115,6 +117,22 @@ def verdicts(stage: str, rows: Sequence[Mapping[str, Any]], settings: Mapping[st
     return found
 
 
+def first_alarm(stage: str, metric: str, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> int | None:
+    """The step after which this number was first bad enough to stop, by what was known then; None if it never was.
+
+    Of a long run 200 steps are looked at.
+    """
+    for check in CHECKS.get(stage, ()):
+        ends = range(0, len(rows), math.ceil(len(rows) / 200)) if check.metric == metric else ()
+        for end in ends:
+            history = History(rows[: end + 1], settings)
+            values = history.of(metric)
+            finding = check.judge(history, values) if values else None
+            if history.broken(metric) or (finding and finding[0] == "stop"):
+                return int(rows[end]["step"])
+    return None
+
+
 # How a series is read. One step is noise: verdicts look at the first and the last quarter of a run.
 
 
@@ -139,6 +157,21 @@ def _trend(values: Sequence[float]) -> int:
     error = math.sqrt((statistics.variance(first) + statistics.variance(last)) / third)
     change = statistics.fmean(last) - statistics.fmean(first)
     return 0 if abs(change) <= 2 * error else (1 if change > 0 else -1)
+
+
+def _fall(scores: Sequence[float], gold: Sequence[float]) -> float:
+    """How far gold has fallen from its best three rounds to the last three, in standard errors; 0 if the score fell.
+
+    A round's error is read off the differences between neighbours, so a steady trend counts as some error.
+    """
+    if len(gold) < 6:
+        return 0.0
+    windows = [statistics.fmean(gold[i : i + 3]) for i in range(len(gold) - 5)]
+    best = max(range(len(windows)), key=windows.__getitem__)
+    error = math.sqrt(statistics.fmean((b - a) ** 2 for a, b in pairwise(gold)) / 2)
+    if not error or statistics.fmean(scores[-3:]) < statistics.fmean(scores[best : best + 3]):
+        return 0.0
+    return (windows[best] - statistics.fmean(gold[-3:])) / (error * math.sqrt(2 / 3))
 
 
 def _limits(value: float, warn: float, stop: float) -> Level:
@@ -225,13 +258,14 @@ def _engine(history: History, values: list[float]) -> Finding | None:
 def _score(history: History, values: list[float]) -> Finding:
     recent, trend = _recent(values), _trend(values)
     gold = history.of("gold/mean")
-    if trend > 0 and gold:
-        gold_trend = _trend(gold)
-        if gold_trend < 0:
-            return "stop", recent, "the score rises while the gold preference falls: the reward model is being fooled"
-        if gold_trend == 0:
+    if len(gold) == len(values):
+        level = _limits(_fall(values, gold), *history.bounds("reward/score_mean"))
+        if level != "ok":
+            return level, recent, "the gold preference falls while the score does not: the reward model is being fooled"
+        if trend > 0 and _trend(gold) <= 0:
             return "warn", recent, "the score rises and the gold preference does not follow"
-        return "ok", recent, "rises, and the gold preference with it"
+        if trend > 0:
+            return "ok", recent, "rises, and the gold preference with it"
     if trend < 0:
         return "warn", recent, f"falls: it was {_early(values):+.2f} at first"
     return "ok", recent, "rises" if trend > 0 else "no clear movement yet"

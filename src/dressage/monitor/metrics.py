@@ -148,8 +148,8 @@ _TABLE = (
     Metric(
         "gold/mean",
         "",
-        "The hidden preference of the simulated annotator, never trained on: what the score only approximates. Known "
-        "in simulations only.",
+        "What the score only approximates, never trained on: the hidden preference of the simulated annotator, or the "
+        "part of the reward that the setting `gold` names.",
         "rises with the score; score up and gold down means the reward model is being fooled",
     ),
     # How far the policy has gone

@@ -234,6 +234,12 @@ CHINESE: Mapping[str, str] = {
     "preferred, held-out": "更受偏好（留出）",
     "not preferred, held-out": "不受偏好（留出）",
     "Score and gold preference": "奖励得分与真实偏好",
+    "Score and gold by distance": "不同距离下的得分与真实偏好",
+    "KL up to": "KL 不超过",
+    "rounds": "轮数",
+    "Where gold is highest the policy was at its best; what it gained beyond only looks better.": (
+        "真实偏好最高处策略最好；此后得到的只是看起来更好。"
+    ),
     "Distance from the starting model": "与起始模型的距离",
     "Entropy": "熵",
     "Length of an answer": "回答长度",

@@ -23,6 +23,7 @@ from dressage.models.roles import Role, ScalarHead
 from dressage.monitor.watch import Watch
 from dressage.pipeline import settings_hash, write_json
 from dressage.rewards.learned import score_rows
+from dressage.schema import Reward, Rollout
 from dressage.stages.answers import gold_of, note, read_answers
 from dressage.stages.comparing import reward_accuracy
 from dressage.training.batch_sources import DatasetSource, RolloutSource
@@ -170,7 +171,7 @@ def ppo(config: PpoConfig, folder: Path, console: Console | None) -> None:
         reference=reference,
         value=value,
         ptx=ptx,
-        gold=gold_of if config.gold == "simulated" else None,
+        gold=None if config.gold is None else partial(_gold, config.gold),
     )
     whole = online_settings(row).full_kl or config.kl.watch_full
     learner = assemble.build_learner(row, policy, config, updates, value=value, reference=reference if whole else None)
@@ -178,6 +179,10 @@ def ppo(config: PpoConfig, folder: Path, console: Console | None) -> None:
     if critic is not None:
         save_role(folder / "value", critic[0], "value", critic[1], tokenizer=template.tokenizer)
     save_role(folder / "policy", policy, "policy", config.model, tokenizer=template.tokenizer)
+
+
+def _gold(judge: str, rollout: Rollout, reward: Reward) -> float:
+    return gold_of(rollout) if judge == "simulated" else reward.parts[judge]
 
 
 def _train(

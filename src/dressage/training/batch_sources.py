@@ -107,7 +107,8 @@ class RolloutSource:
     reference: Role
     value: Role | None
     ptx: DatasetSource[Any] | None = None
-    gold: Callable[[Rollout], float] | None = None
+    gold: Callable[[Rollout, Reward], float] | None = None
+    """What is thought of an answer by a judge that nobody learns from."""
     kl_coef: float = field(init=False)
     old_kl_coef: float = field(init=False)
     kept: list[Encoded] = field(init=False, default_factory=list)
@@ -169,7 +170,7 @@ class RolloutSource:
         if self.old_kl_coef:
             adapted["old_kl_coef"] = metrics["kl/old_coef"] = self.old_kl_coef
         if self.gold is not None:
-            metrics["gold/mean"] = sum(map(self.gold, rollouts)) / len(rollouts)
+            metrics["gold/mean"] = sum(map(self.gold, rollouts, rewards)) / len(rollouts)
         shown = [
             Sample(rollout.prompt.text, rollout.text, reward.total, rollout.completion.finish)
             for rollout, reward in zip(rollouts[:SHOWN], rewards, strict=False)
