@@ -213,12 +213,10 @@ UNCLIPPED = {"optimizer": {"learning_rate": 1e-4}}
 OWN: Mapping[str, Mapping[str, Any]] = {
     "ppo": {"settings": FREE_CRITIC},
     "ppo_penalty": {"settings": FREE_CRITIC},
-    # A step is ten products with the Fisher matrix, 20 times the price of another method's: a quarter of the answers.
     "trpo": {
         "settings": FREE_CRITIC | {"max_kl": 0.05},
         "value": {"learning_rate": 5e-4},
         "minibatch_size": None,
-        "training": {"steps": 15},
     },
     # A critic that sees one token ahead takes any step to the goal for a good one, be there an edge or not; it needs to
     # be quicker than the policy, and a price on what nobody ever walked. Without the price it ends at 0.
@@ -228,6 +226,17 @@ OWN: Mapping[str, Mapping[str, Any]] = {
     "rloo": UNCLIPPED,
     "dapo": {"training": {"steps": 25}},  # what is drawn again is drawn
     "cispo": UNCLIPPED,
+    # What never arrives is not worth imitating, however few of the answers do.
+    "rejection_sampling": {"settings": {"best": 2, "threshold": 0.0}, "minibatch_size": 10},
+    # Few rounds of many answers: each learns all that was kept so far, from the first weights on.
+    "expert_iteration": {
+        "settings": {"best": 8, "threshold": 0.0},
+        "rollout": {"answers_per_prompt": 48},
+        "training": {"steps": 10},
+        "reuse": 4,
+        "minibatch_size": 40,
+    },
+    "online_dpo": {"minibatch_size": 10},  # five pairs of the round's twenty
 }
 """Where a method's settings differ from the common ones."""
 

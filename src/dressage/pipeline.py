@@ -47,6 +47,7 @@ def run_stage(name: str, config: Settings, folder: Path, work: RunStage) -> Stat
             "stage": name,
             "kind": getattr(config, "kind", name),
             "seed": getattr(config, "seed", None),
+            "health": config.model_dump(mode="json").get("health"),
             "simulated": getattr(config, "kind", "") == "rank" and getattr(config, "rankings", None) is None,
             "versions": versions(),
         }

@@ -212,6 +212,17 @@ def outline(path: Path) -> Outline:
     return Outline(path.read_text(encoding="utf-8"))
 
 
+def test_a_reports_verdicts_go_by_the_runs_own_bounds(tmp_path: Path) -> None:
+    """A clipped share of 0.4 is worth a look by the table, and an alarm where the run says 0.3."""
+    rows = [{"step": step, "seconds": 1.0, "clip/share": 0.4} for step in (1, 2)]
+    write_rows(tmp_path / "metrics.jsonl", rows)
+    for health, word in (({}, "look"), ({"bounds": {"clip/share": [0.1, 0.3]}}, "stop")):
+        write(tmp_path / "stage.json", manifest("ppo", "ppo", 3.0, health=health))
+        page = write_report(tmp_path).read_text(encoding="utf-8")
+        (row,) = re.findall(r"<tr[^>]*>(?:(?!</tr>).)*clip/share(?:(?!</tr>).)*</tr>", page, re.DOTALL)[:1]
+        assert f"{word}</span>" in row
+
+
 def test_a_flag_stands_at_its_step() -> None:
     """Steps 0 to 10 lie between x = 46 and 406; late labels stand to the left of their line."""
     line = Line("score", METRICS["reward/score_mean"], [Point(step, 0.1 * step) for step in range(11)], 0)

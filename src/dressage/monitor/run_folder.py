@@ -38,7 +38,8 @@ class Stage:
     @property
     def settings(self) -> Mapping[str, Any]:
         """Empty where there is no manifest."""
-        return self.manifest.get("settings") or {}
+        settings = self.manifest.get("settings") or {}
+        return settings | {"health": self.manifest["health"]} if self.manifest.get("health") else settings
 
 
 def read_stages(run_folder: Path) -> list[Stage]:
