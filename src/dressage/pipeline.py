@@ -7,8 +7,6 @@ import hashlib
 import json
 import os
 import platform
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +16,7 @@ from typing import Any, Literal
 
 from dressage.config import Settings
 from dressage.errors import CheckpointError, DressageError
+from dressage.monitor.memory import peak_rss_gb
 
 MANIFEST, NOTES, LOCK = "stage.json", "data.json", ".lock"
 Status = Literal["done", "skipped", "resumed"]
@@ -141,12 +140,6 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-def peak_rss_gb() -> float:
-    """The most memory this process has had in RAM, in 10^9 bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
 
 
 @contextmanager

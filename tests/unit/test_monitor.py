@@ -9,11 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 from rich.console import Console
 
 from dressage.errors import DataError
 from dressage.monitor.health import CHECKS, first_alarm, verdicts
+from dressage.monitor.memory import peak_rss_gb, rss_gb
 from dressage.monitor.metrics import METRICS, metric
 from dressage.monitor.writers import TELLING, Monitor, clock, read_metrics, read_samples
 
@@ -178,6 +180,30 @@ def test_a_healthy_run_has_nothing_to_say() -> None:
     found = verdicts("ppo", rows_of(HEALTHY))
     assert {verdict.metric for verdict in found} == HEALTHY.keys() - {"gold/mean"}
     assert [verdict for verdict in found if verdict.level != "ok"] == []
+
+
+@pytest.mark.parametrize(
+    ("values", "level"),
+    [
+        ([1.0] * 5 + [1.5] * 15, "ok"),  # the longest texts came first
+        ([1.0] * 10 + [1.2] * 10, "warn"),
+        ([1.0] * 10 + [1.1] * 10, "ok"),
+        ([1.0] * 4 + [2.0] * 4, None),  # too early to say
+    ],
+)
+def test_memory_is_compared_with_the_runs_second_quarter(values: list[float], level: str | None) -> None:
+    found = {verdict.metric: verdict.level for verdict in verdicts("sft", rows_of({"memory/rss_gb": values}))}
+    assert found.get("memory/rss_gb") == level
+
+
+def test_memory_in_use_goes_up_and_down_with_what_is_held() -> None:
+    """By 200 MB of touched bytes, which numpy gives back at once."""
+    before = rss_gb()
+    held = numpy.ones(200_000_000, dtype=numpy.uint8)
+    during = rss_gb()
+    del held
+    assert during - before == pytest.approx(0.2, abs=0.02) and rss_gb() - before == pytest.approx(0.0, abs=0.02)
+    assert peak_rss_gb() >= during - 0.001
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,7 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
     "length/mean_tokens": (2, math.inf),  # times the first, or a part of it
     "finished/share": (0.2, 1.0),  # fall from the first
     "distinct/share": (0.5, 0.05),  # below: a share of the first, itself
+    "memory/rss_gb": (1.15, math.inf),  # times what it was in the run's second quarter
     "loss/ptx": (0.05, 0.2),  # rise over the first, as a share of it
 }
 """By metric, beyond which value to warn and to stop; settings.health.bounds overrules it."""
@@ -401,6 +402,20 @@ def _rehearsal(history: History, values: list[float]) -> Finding:
     return level, recent, f"demonstrations are being forgotten ({100 * drift:+.0f} %)"
 
 
+def _memory(history: History, values: list[float]) -> Finding | None:
+    # The first quarter meets the longest texts; of fewer steps nothing can be said.
+    if len(values) < 20:
+        return None
+    recent, before = _recent(values), statistics.fmean(values[_quarter(values) : 2 * _quarter(values)])
+    level = _limits(recent / before, *history.bounds("memory/rss_gb"))
+    if level == "ok":
+        return level, recent, f"flat: it was {before:.2f} GB early in the run"
+    return level, recent, f"grows: it was {before:.2f} GB early in the run"
+
+
+_MEMORY = Check(
+    "memory/rss_gb", _memory, "training.micro_batch_tokens; if it still grows, report it as a fault of ours"
+)
 _GRADIENT = Check("gradient/norm", _gradient, "lower optimizer.learning_rate or raise optimizer.warmup_steps")
 
 CHECKS: Mapping[str, tuple[Check, ...]] = {
@@ -408,11 +423,13 @@ CHECKS: Mapping[str, tuple[Check, ...]] = {
         Check("loss/train", _train_loss, "lower optimizer.learning_rate"),
         Check("loss/heldout", _heldout_loss, "fewer training.epochs, or more demonstrations"),
         _GRADIENT,
+        _MEMORY,
     ),
     "reward": (
         Check("accuracy/heldout", _reward_accuracy, "more rankings, a lower optimizer.learning_rate, or fewer epochs"),
         Check("loss/heldout", _reward_loss, "fewer training.epochs or a lower optimizer.learning_rate"),
         _GRADIENT,
+        _MEMORY,
     ),
     "dpo": (
         Check("accuracy/heldout", _preference_accuracy, "more rankings, or another optimizer.learning_rate"),
@@ -421,6 +438,7 @@ CHECKS: Mapping[str, tuple[Check, ...]] = {
         ),
         Check("logprobs/chosen", _chosen, "lower optimizer.learning_rate, or fewer training.epochs"),
         _GRADIENT,
+        _MEMORY,
     ),
     "ppo": (
         Check("reward/score_mean", _score, "stop earlier, raise kl.coef, or train the reward model on newer answers"),
@@ -443,6 +461,7 @@ CHECKS: Mapping[str, tuple[Check, ...]] = {
         Check("engine/max_logprob_difference", _engine, "rollout.engine, or rollout.reuse_engine_logprobs=false"),
         Check("loss/ptx", _rehearsal, "raise settings.ptx_coef or kl.coef"),
         _GRADIENT,
+        _MEMORY,
     ),
 }
 """By kind of stage; the order is that of the report."""

@@ -56,6 +56,13 @@ _TABLE = (
     ),
     Metric("learning_rate", "", "How far one update may move the weights.", decimals=6),
     Metric("tokens_per_second", "tokens/s", "Tokens (word pieces) that go through the stage in a second.", decimals=0),
+    Metric(
+        "memory/rss_gb",
+        "GB",
+        "What the program has in RAM after the step.",
+        "flat once the longest texts have been seen",
+        decimals=2,
+    ),
     # Reward model
     Metric(
         "accuracy/train",

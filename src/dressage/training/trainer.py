@@ -13,6 +13,7 @@ import torch
 
 from dressage.config import TrainingConfig
 from dressage.errors import CheckpointError, HealthError
+from dressage.monitor.memory import rss_gb
 from dressage.monitor.metrics import declared
 from dressage.monitor.watch import Watch, told
 from dressage.monitor.writers import Monitor, read_metrics
@@ -103,6 +104,7 @@ def train(
             seconds = time.perf_counter() - drawn
             measured |= {
                 "time/update_seconds": seconds,
+                "memory/rss_gb": rss_gb(),
                 "tokens_per_second": measured["tokens"] / (time.perf_counter() - begun),
             }
             measured |= round_.metrics
