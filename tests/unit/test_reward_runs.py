@@ -87,6 +87,7 @@ def test_parts_are_weighed_and_logged_by_name(rl: Command, made: Path, tmp_path:
         "rewards.short={type: length, high: 3, unit: characters}",
         f"rewards.learned={{type: ensemble, folders: [{made}/reward1/reward, {made}/reward2/reward], weight: 0.1}}",
         f"rewards.mine={{type: function, function: '{made}/mine.py:nan_on_many', weight: 0}}",
+        "gold=mine",
         "score_clip=100",
     )
     assert ran.exit_code == 0, ran.output + repr(ran.exception)
@@ -96,6 +97,7 @@ def test_parts_are_weighed_and_logged_by_name(rl: Command, made: Path, tmp_path:
         total = 2 * part["right"] + 0.5 * part["form"] + part["short"] + 0.1 * part["learned"]
         assert row["reward/score_mean"] == pytest.approx(total, abs=1e-5)
         assert row["reward/failed_share"] == 5 / 8 and part["mine"] == 3 / 8  # NaN from the fourth answer on
+        assert row["gold/mean"] == part["mine"]
     assert "reward/part/right" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
 
 
@@ -199,6 +201,11 @@ def test_short_and_long_form_are_one(rl: Command, made: Path, tmp_path: Path) ->
             ["rewards.a={type: exact}", 'prompts.sources=["MADE/rankings.jsonl"]'],
             "error: MADE/rankings.jsonl: 8 of 8 prompts have no target, with which rewards.a (type exact) compares",
         ),
+        (
+            ["rewards.a={type: number}", "gold=a"],  # it would be learnt from
+            'error: command line: gold="a": give "simulated", or the name of a part of rewards with weight: 0',
+        ),
+        (["rewards.a={type: number}", "gold=simulted"], 'error: command line: gold="simulted": give "simulated"'),
         (["rewards.a={type: model, folder: nowhere}"], "error: nowhere: no reward model here (no role.json)"),
     ],
 )
