@@ -27,6 +27,7 @@ COMMON = ["stages.ppo=null", "stages.answers_ppo=null", "stages.evaluate=null"]
 ONLINE = [name for name, row in ALGORITHMS.items() if "reward" in row.roles]
 OFFLINE = [name for name, row in ALGORITHMS.items() if row.implicit_reward is not None and name not in ONLINE]
 LORA = "lora={rank: 16, alpha: 32, layers: 16}"
+RATE = "optimizer={learning_rate: 5.0e-4, schedule: linear}"
 
 
 def dressage(*arguments: str) -> float:
@@ -46,7 +47,7 @@ def online(name: str, out: Path, rounds: int) -> float:
         f"reward_model={out / 'reward/reward'}",
         f"rollout.prompts_per_step={ANSWERS // each}",
         f"training.steps={rounds}",
-        "optimizer={learning_rate: 5.0e-4, schedule: linear}",
+        RATE,
         LORA,
     ]
     if raw["kl"]["coef"]:
@@ -61,8 +62,9 @@ def online(name: str, out: Path, rounds: int) -> float:
 
 
 def offline(name: str, out: Path) -> float:
-    """The row's own recipe on the rankings of the quickstart, from the fine-tuned model."""
-    asked = [f"model.name={out / 'sft/policy'}", f"data.sources=[{json.dumps(str(out / 'rank/rankings.jsonl'))}]", LORA]
+    """The row's own recipe, at the same rate, on the rankings of the quickstart, from the fine-tuned model."""
+    rankings = json.dumps(str(out / "rank/rankings.jsonl"))
+    asked = [f"model.name={out / 'sft/policy'}", f"data.sources=[{rankings}]", RATE, LORA]
     return dressage("dpo", name, *asked, "--out", str(out / name))
 
 
