@@ -186,6 +186,7 @@ def test_dual_clip_by_hand() -> None:
     found = per_token(clipped, [[5.0, 2.0, 0.5, 5.0]], [[-1.0, -1.0, -1.0, 1.0]], dual_clip=3.0)
     assert_close(found, tensor([[3.0, 2.0, 0.8, -1.2]]))
     assert_close(per_token(clipped, [[5.0]], [[0.5]], dual_clip=3.0), tensor([[-0.6]]))
+    assert_close(per_token(clipped, [[5.0]], [[-2.0]], dual_clip=3.0), tensor([[6.0]]))
     assert_close(per_token(clipped, [[5.0]], [[-1.0]]), tensor([[5.0]]))
     log_ratio = tensor([[log(5.0)]], requires_grad=True)
     term = clipped_surrogate(log_ratio, tensor([[-1.0]]), clip_low=0.2, clip_high=0.2, dual_clip=3.0)

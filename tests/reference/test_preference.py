@@ -398,6 +398,7 @@ def test_rows_say_whether_they_need_a_reference_and_what_they_learn_from() -> No
         ("cdpo", {"label_smoothing": 0.5}, "settings.label_smoothing=0.5 must be at least 0 and below 0.5"),
         ("cdpo", {"label_smoothing": -0.1}, "settings.label_smoothing=-0.1"),
         ("ipo", {"label_smoothing": 0.1}, "settings.label_smoothing: unknown setting; known: beta"),
+        ("ipo", {"beta": 0.0}, "settings.beta=0.0 must be above 0"),
         ("kto", {"beta": -0.1}, "settings.beta=-0.1 must be above 0"),
         ("kto", {"good_weight": 0}, "settings.good_weight=0 must be above 0"),
         ("kto", {"bad_weight": 0}, "settings.bad_weight=0 must be above 0"),

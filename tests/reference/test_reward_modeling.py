@@ -147,6 +147,8 @@ def test_the_margin_is_asked_of_the_better_answer() -> None:
     batch = rankings(tensor([0, 0]), tensor([1, 0]))
     terms = ranking_loss(tensor([0.0, 1.5]), batch, RankingSettings(margin=1.5))
     assert terms["pair"].item() == pytest.approx(log(2), abs=1e-6)
+    prompt = tensor([0])  # one prompt of one pair: its mean is that pair's
+    assert aggregate_pairs(terms["pair"], prompt, rankings_total([prompt])).item() == pytest.approx(log(2), abs=1e-6)
 
 
 def test_a_margin_is_as_wide_as_the_answers_grades_are_apart() -> None:

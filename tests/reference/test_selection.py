@@ -116,6 +116,8 @@ def test_what_is_kept_by_hand(settings: dict[str, Any], kept: list[int]) -> None
 def test_the_best_of_one_is_every_answer() -> None:
     assert best_of_groups(SCORES, torch.arange(6)).all()
     assert best_of_groups(torch.zeros(6), GROUP).tolist() == [True, False, True, False, False, False]
+    # Of many equals too, where a sort need not keep their order.
+    assert best_of_groups(torch.zeros(500), torch.zeros(500), 7).nonzero()[:, 0].tolist() == list(range(7))
 
 
 def test_at_most_so_many_are_kept() -> None:
