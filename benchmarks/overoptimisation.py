@@ -129,13 +129,21 @@ def main() -> int:
     judged = {name: train(out, name, chosen.rounds) for name in ("warn", "rollback")}
     told, gold = first_told(out / "warn"), [row["gold/mean"] for row in read_metrics(out / "warn")]
     rolled = read_metrics(out / "rollback")
-    best = max(range(len(rolled)), key=lambda row: rolled[row]["gold/mean"]) + 1
+    # The answers of a round are those of the checkpoint of the round before.
+    best = max(range(len(rolled)), key=lambda row: rolled[row]["gold/mean"])
     # Rounds after which gold is never again within a tenth of its best.
     falls = max(step for step, value in enumerate(gold, start=1) if value > max(gold) - 0.1) + 1
     flags = [Flag(step, f"{WATCHED[name]}: {level}") for name, levels in told.items() for level, step in levels.items()]
-    flags.append(Flag(best, "rolled back to here"))
+    flags.append(Flag(best + 1, "rolled back to this policy"))
     (out / "overoptimisation.svg").write_text(picture(out / "warn", flags), encoding="utf-8")
-    results = {"gold": gold, "told": told, "falls": falls, "rolled_back_to": best, "judged": judged}
+    results = {
+        "gold": gold,
+        "told": told,
+        "falls": falls,
+        "rolled_back_to": best,
+        "alarm": len(rolled),
+        "judged": judged,
+    }
     write_json(out / "results.json", results)
     print("| policy | rounds | gold | win rate over SFT | learned score | tokens | KL |\n|---|---|---|---|---|---|---|")
     for name, rounds in {"warn": len(gold), "rollback": best}.items():
@@ -145,7 +153,10 @@ def main() -> int:
             f" {one['win_rate_high']:.2f}) | {one['score_ppo']:.2f} | {one['length_ppo']:.0f} |"
             f" {one['kl_per_answer']:.1f} |"
         )
-    print(f"told: {told}; gold is below its best for good from round {falls}; rolled back to round {best}")
+    print(
+        f"told: {told}; gold is below its best for good from round {falls}; ended after round {len(rolled)} and rolled"
+        f" back to the checkpoint of round {best}"
+    )
     in_time = min(step for levels in told.values() for step in levels.values()) < falls
     saved = judged["rollback"]["gold_ppo"] > judged["warn"]["gold_ppo"]
     return 0 if in_time and saved else 1
