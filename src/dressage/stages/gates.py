@@ -21,6 +21,7 @@ from rich.console import Console
 
 from dressage.assemble import Rows
 from dressage.config import Settings
+from dressage.data.order import length_sorted_chunks
 from dressage.data.prepare import EncodedRanking
 from dressage.data.template import ChatTemplate, Encoded
 from dressage.errors import EngineError
@@ -29,9 +30,10 @@ from dressage.models.roles import Role
 from dressage.models.scoring import score_tokens
 from dressage.monitor.health import verdicts
 from dressage.pipeline import GATE, named_paths, write_json
-from dressage.rewards.learned import score_rows
+from dressage.rewards.learned import SCORING_TOKENS, score_rows
 from dressage.rollout.engine import Engine
 from dressage.schema import Demonstration, Prompt, Ranking, Rating, Sampling
+from dressage.tensors import pad_right
 
 Verdict = Literal["ok", "warn", "fail"]
 LEVELS: Sequence[Verdict] = ("ok", "warn", "fail")
@@ -265,12 +267,13 @@ def end_probability(role: Role, rows: Sequence[Encoded], template: ChatTemplate)
     """
     whole = [row.tokens for row in rows[:MEASURED_ON] if row.tokens[-1] in template.stop_tokens]
     total = 0.0
-    for tokens in whole:
-        row = torch.tensor([tokens], device=role.backbone.device)
-        last = torch.zeros_like(row, dtype=torch.bool)
-        last[0, -1] = True
+    for chunk in length_sorted_chunks([len(tokens) for tokens in whole], SCORING_TOKENS):
+        tokens = pad_right([whole[i] for i in chunk], template.pad_token).to(role.backbone.device)
+        sizes = torch.tensor([[len(whole[i])] for i in chunk], device=tokens.device)
+        place = torch.arange(tokens.shape[1], device=tokens.device)
         with torch.no_grad():
-            total += float(score_tokens(role, row, torch.ones_like(last), last).logprobs[0, -1].exp())
+            ends = score_tokens(role, tokens, place < sizes, place == sizes - 1).logprobs.sum(-1)
+        total += float(ends.exp().sum())
     return {END: total / len(whole)} if whole else {}
 
 
