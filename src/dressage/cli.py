@@ -342,7 +342,8 @@ def _run_stages(
         kind = getattr(settings, "kind", name)
         _say(console, f"[bold]{number} of {len(stages)}  {name}[/]" + ("" if kind == name else f" [dim]({kind})[/]"))
         if gates_stop and (faults := failed_below(settings)):
-            _say(console, f"report: {write_report(folder)}")
+            if number > 1:
+                _say(console, f"report: {write_report(folder)}")
             kept = f"{name} was not begun; what was made is kept, and gates=warn goes on with it"
             raise HealthError("\n".join([*faults, kept]))
         try:

@@ -6,7 +6,6 @@ could not be measured has none. What no setting decides is judged by intervals: 
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -29,6 +28,7 @@ from dressage.evaluation.win_rate import accuracy_interval, calibration_error
 from dressage.models.roles import Role
 from dressage.models.scoring import score_tokens
 from dressage.monitor.health import verdicts
+from dressage.monitor.run_folder import read_json
 from dressage.pipeline import GATE, named_paths, write_json
 from dressage.rewards.learned import SCORING_TOKENS, score_rows
 from dressage.rollout.engine import Engine
@@ -47,7 +47,7 @@ ONE_SIDED = 0.75
 LEAKED, REPEATED, TIED = 0.1, 0.1, 0.5
 FAR = 20.0
 """Nats an answer from the model before."""
-MEASURED_ON = 32
+MEASURED_ON = 16
 """Held-out demonstrations whose end is looked at."""
 ASKED, ASKED_TOKENS = 8, 128
 """Greedy answers, and the most tokens of each."""
@@ -90,8 +90,7 @@ def judge(folder: Path, rulings: Iterable[Ruling], console: Console | None) -> N
 
 def failed(folder: Path) -> list[str]:
     """Why the stage in this folder failed its gate, a line for each ruling; empty if it did not, or has none."""
-    path = folder / GATE
-    rulings = json.loads(path.read_text(encoding="utf-8"))["rulings"] if path.is_file() else []
+    rulings = read_json(folder / GATE).get("rulings", ())
     return [f"{folder.name} failed its gate: {_said(one)}" for one in rulings if one["verdict"] == "fail"]
 
 
