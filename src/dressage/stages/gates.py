@@ -1,7 +1,7 @@
 """Gates: whether what a stage made is fit to be rested on, and the numbers that say so.
 
 A gate is a list of rulings, each a plain function of what the stage measured. It fails where one of them does; what
-could not be measured has none. What no setting decides is judged by intervals: few data are no fault.
+could not be measured has none. Where chance has a part an interval is judged: few data are no fault.
 """
 
 from __future__ import annotations
