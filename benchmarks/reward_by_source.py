@@ -17,7 +17,7 @@ from dressage.config import ModelConfig, RewardConfig
 from dressage.data.prepare import prepare_rankings
 from dressage.data.sources import read_rankings
 from dressage.models.files import load_backbone, load_reward_model
-from dressage.stages.comparing import reward_accuracy
+from dressage.stages.comparing import ranked_scores, reward_accuracy
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
             prepare_rankings([r for r in kept if r in of_source], template, **limits).rows
             for kept in (rows.train_records, rows.heldout_records)
         ]
-        found = reward_accuracy(reward_model, *parts)
+        found = reward_accuracy(ranked_scores(reward_model, parts[1]), *parts)
         print(
             f"| {Path(source).name} | {found['prompts']} | {found['accuracy']:.3f} | {found['low']:.3f} to"
             f" {found['high']:.3f} | {found['length_baseline']:.3f} |"

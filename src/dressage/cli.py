@@ -21,7 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
-from dressage.errors import ConfigError, DressageError
+from dressage.errors import ConfigError, DressageError, HealthError
 
 if TYPE_CHECKING:
     from dressage.config import Settings
@@ -327,15 +327,25 @@ def _run_pipeline(recipe: str, overrides: Sequence[str], out: Path | None, dry_r
 
     with locked(Path(plan.folder)):
         told = {"recipe": recipe, "overrides": overrides, **plan.model_dump(mode="json")}
-        _run_stages(told, stages, Path(plan.folder), _console())
+        _run_stages(told, stages, Path(plan.folder), _console(), gates_stop=plan.gates == "stop")
 
 
-def _run_stages(told: Mapping[str, Any], stages: Mapping[str, Settings], folder: Path, console: Console) -> None:
+def _run_stages(
+    told: Mapping[str, Any], stages: Mapping[str, Settings], folder: Path, console: Console, gates_stop: bool
+) -> None:
+    from dressage.monitor.report import write_report
     from dressage.pipeline import write_json
+    from dressage.stages.comparing import summarise
+    from dressage.stages.gates import failed, failed_below
 
     for number, (name, settings) in enumerate(stages.items(), start=1):
         kind = getattr(settings, "kind", name)
         _say(console, f"[bold]{number} of {len(stages)}  {name}[/]" + ("" if kind == name else f" [dim]({kind})[/]"))
+        if gates_stop and (faults := failed_below(settings)):
+            if number > 1:
+                _say(console, f"report: {write_report(folder)}")
+            kept = f"{name} was not begun; what was made is kept, and gates=warn goes on with it"
+            raise HealthError("\n".join([*faults, kept]))
         try:
             _run_stage(name, settings, folder / name, console)
         except DressageError as error:
@@ -344,12 +354,11 @@ def _run_stages(told: Mapping[str, Any], stages: Mapping[str, Settings], folder:
             raise
         # Not before: a run that cannot even begin leaves nothing behind.
         write_json(folder / "pipeline.json", told)
-    from dressage.monitor.report import write_report
-    from dressage.stages.comparing import summarise
-
     summary = summarise(folder)
     _show_summary(summary, console)
     _say(console, f"report: {write_report(folder)}")
+    if gates_stop and (faults := [line for name in stages for line in failed(folder / name)]):
+        raise HealthError("\n".join(faults))
 
 
 def _run_one_stage(kind: str, recipe: str | None, overrides: Sequence[str], out: Path | None, dry_run: bool) -> None:
@@ -372,7 +381,10 @@ def _run_stage(name: str, settings: Settings, folder: Path, console: Console) ->
     _quiet()
     from dressage import pipeline, stages
     from dressage.monitor.writers import clock
+    from dressage.stages.gates import failed_below
 
+    for fault in failed_below(settings):
+        console.print(f"  rests on a stage that is at fault: {fault}", style="yellow", soft_wrap=True, markup=False)
     began = time.perf_counter()
     status = pipeline.run_stage(name, settings, folder, lambda config, place: stages.work(config, place, console))
     said = {

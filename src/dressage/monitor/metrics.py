@@ -49,6 +49,13 @@ _TABLE = (
         "falls with the training loss; when it rises again, stop earlier",
     ),
     Metric(
+        "end/heldout",
+        "share",
+        "How likely the end mark is where held-out answers end.",
+        "rises, unless the model could end its answers before",
+        decimals=1,
+    ),
+    Metric(
         "gradient/norm",
         "",
         "How strongly the whole batch pulls at the weights, before the pull is cut to its limit.",

@@ -57,6 +57,7 @@ def write_report(run_folder: Path, *, language: Language = "en") -> Path:
         _what_was_done(stages, say),
         _result(summary, stages, say),
         curves_section(stages, say),
+        _gates(stages, say),
         _health(stages, say),
         _examples(examples, say) if examples else _samples(stages, say),
         _glossary(stages, say),
@@ -312,6 +313,24 @@ def _verdict(stage: Stage, verdict: Verdict, say: Say) -> Html:
 def _level_chip(level: Level, say: Say, more: str = "") -> Html:
     sign, word = _LEVELS[level]
     return el(f"span.chip.{level}", f"{sign} {say(word)}{more}")
+
+
+def _gates(stages: Sequence[Stage], say: Say) -> Html:
+    """What each stage's gate said of it, the worst first."""
+    levels: Mapping[str, Level] = {"fail": "stop", "warn": "warn", "ok": "ok"}
+    found = [(stage.name, one) for stage in stages for one in stage.gate.get("rulings", ())]
+    if not found:
+        return Html()
+    found.sort(key=lambda pair: list(levels).index(pair[1]["verdict"]))
+    heads = [el("th", say(head)) for head in ("verdict", "stage", "what was looked at", "evidence")]
+    rows = []
+    for name, one in found:
+        level = levels[one["verdict"]]
+        remedy = Html() if level == "ok" else el("div.remedy", f"{say('what to turn')}: {one['remedy']}")
+        cells = (el("td", _level_chip(level, say)), el("td", name), el("td", one["what"]))
+        rows.append(el("tr", *cells, el("td.reason", one["evidence"], remedy)))
+    table = el("table.verdicts", el("thead", el("tr", *heads)), el("tbody", *rows))
+    return join(el("h2", say("Gates between the stages")), el("div.card.wide", table))
 
 
 def _glossary(stages: Sequence[Stage], say: Say) -> Html:

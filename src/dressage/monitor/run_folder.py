@@ -28,6 +28,8 @@ class Stage:
     evaluation: Mapping[str, Any]
     accuracy: Mapping[str, Any]
     """Of a reward model on held-out rankings, with its interval and what length alone would reach."""
+    gate: Mapping[str, Any]
+    """Whether the stage is fit to be rested on, and the rulings that say so."""
 
     @property
     def seconds(self) -> float | None:
@@ -93,7 +95,8 @@ def _read_stage(folder: Path) -> Stage:
     name = str(manifest.get("stage") or folder.resolve().name)
     kind = str(manifest.get("kind") or _kind_of(rows) or name)
     evaluation, accuracy = read_json(folder / "evaluation.json"), read_json(folder / "accuracy.json")
-    return Stage(name, kind, manifest, rows, read_samples(folder), evaluation, accuracy)
+    gate = read_json(folder / "gate.json")
+    return Stage(name, kind, manifest, rows, read_samples(folder), evaluation, accuracy, gate)
 
 
 def _kind_of(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -21,6 +21,7 @@ from dressage.models.pretrained import lineage
 from dressage.models.roles import Role
 from dressage.pipeline import write_json
 from dressage.schema import Rollout, Sampling
+from dressage.stages import gates
 from dressage.stages.answers import ANSWERS, RANKINGS, lines_of, messages_of, note, prompt_of, write_lines
 from dressage.training.batch_sources import logprobs_of
 
@@ -111,8 +112,10 @@ def _model_and_below(config: SampleConfig) -> tuple[Role, Role]:
 def rank(config: RankConfig, folder: Path, console: Console | None) -> None:
     """Answers -> rankings by the simulated annotator, or people's own rankings checked: folder/rankings.jsonl."""
     lines: list[dict[str, Any]] = []
+    rulings: list[gates.Ruling] = []
     if config.rankings is not None:
         loaded = read_rankings(config.rankings)
+        rulings += gates.of_judgements(read_rankings(config.rankings, repeated=True).records)
         note(folder, (f"{config.rankings}: {loaded.summary()}",), console)
         lines = [
             {
@@ -155,3 +158,5 @@ def rank(config: RankConfig, folder: Path, console: Console | None) -> None:
         if console:
             console.print(f"  {len(lines)} rankings by the SIMULATED annotator ({annotator.name})")
     write_lines(folder / RANKINGS, lines)
+    made = read_rankings(str(folder / RANKINGS), repeated=True).records if lines else ()
+    gates.judge(folder, [*gates.of_rankings(made), *gates.of_position(made), *rulings], console)

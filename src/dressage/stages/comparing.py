@@ -19,14 +19,25 @@ from dressage.models.roles import Role
 from dressage.monitor.diversity import distinct
 from dressage.pipeline import write_json
 from dressage.rewards.learned import score_rows
+from dressage.stages import gates
 from dressage.stages.answers import gold_of, read_answers
 
 EVALUATION = "evaluation.json"
 
 
-def reward_accuracy(role: Role, train: Sequence[EncodedRanking], heldout: Sequence[EncodedRanking]) -> dict[str, Any]:
-    """How often held-out pairs are ordered rightly, with its interval, beside a judge that sees only length."""
-    scores = score_rows(role, [answer.tokens for row in heldout for answer in row.answers]).tolist()
+def ranked_scores(role: Role, rows: Sequence[EncodedRanking]) -> list[float]:
+    """The score of each answer, in the order in which rows and answers stand."""
+    scores: list[float] = score_rows(role, [answer.tokens for row in rows for answer in row.answers]).tolist()
+    return scores
+
+
+def reward_accuracy(
+    scores: Sequence[float], train: Sequence[EncodedRanking], heldout: Sequence[EncodedRanking]
+) -> dict[str, Any]:
+    """How often held-out pairs are ordered rightly, with its interval, beside a judge that sees only length.
+
+    `scores` are those of the held-out answers.
+    """
     right, pairs = ordered_pairs(scores, *_ranks(heldout))
     # Pairs of one prompt are not independent: the interval counts prompts.
     low, high = accuracy_interval(right / pairs * len(heldout), len(heldout))
@@ -94,7 +105,7 @@ def evaluate(config: EvaluateConfig, folder: Path, console: Console | None) -> N
             del found[name]
     if role is not None and config.rankings:
         rows = assemble.build_rows("rankings", _all(config.rankings, config.max_tokens), template, config.seed).train
-        found["reward_accuracy"] = reward_accuracy(role, (), rows)
+        found["reward_accuracy"] = reward_accuracy(ranked_scores(role, rows), (), rows)
     found["examples"] = [
         {
             "prompt": before.prompt.text,
@@ -110,6 +121,7 @@ def evaluate(config: EvaluateConfig, folder: Path, console: Console | None) -> N
         console.print(
             f"  win rate {won.rate:.2f} ({won.low:.2f} to {won.high:.2f}) on {won.n} prompts, judged by {config.judge}"
         )
+    gates.judge(folder, gates.of_comparison(found), console)
 
 
 def summarise(folder: Path) -> dict[str, Any]:

@@ -17,15 +17,18 @@ from dressage.batches import RatingBatch
 from dressage.config import DpoConfig, PpoConfig, RewardConfig, SftConfig
 from dressage.data.collate import collate_demonstrations, collate_rankings, collate_ratings
 from dressage.data.merge import standardised
+from dressage.data.template import ChatTemplate, Encoded
 from dressage.doctor import glance
 from dressage.models.files import Normalisation, load_backbone, save_role
 from dressage.models.roles import Role, ScalarHead
 from dressage.monitor.watch import Watch
+from dressage.monitor.writers import read_metrics
 from dressage.pipeline import settings_hash, write_json
 from dressage.rewards.learned import score_rows
-from dressage.schema import Reward, Rollout
+from dressage.schema import Prompt, Reward, Rollout
+from dressage.stages import gates
 from dressage.stages.answers import gold_of, note, read_answers
-from dressage.stages.comparing import reward_accuracy
+from dressage.stages.comparing import ranked_scores, reward_accuracy
 from dressage.training.batch_sources import DatasetSource, RolloutSource
 from dressage.training.online import online_algorithm, online_settings, updates_of
 from dressage.training.reference import with_reference
@@ -47,11 +50,22 @@ def sft(config: SftConfig, folder: Path, console: Console | None) -> None:
         return collate_demonstrations(encoded, template.pad_token)
 
     def measure() -> dict[str, float]:
-        return {"loss/heldout": learner.measure(collate(rows.heldout))["loss"]}
+        ends = gates.end_probability(policy, rows.heldout, template)
+        return {"loss/heldout": learner.measure(collate(rows.heldout))["loss"]} | ends
 
     source = DatasetSource(rows.train, collate, config.training.batch_size, config.seed)
     _train(source, learner, config, folder, steps, console, measure if rows.heldout else None)
     save_role(folder / "policy", policy, "policy", config.model, tokenizer=template.tokenizer)
+    told = read_metrics(folder)
+    talks = [(Prompt(one.messages[:-1]), row) for one, row in zip(rows.heldout_records, rows.heldout, strict=True)]
+    rulings = (
+        *gates.of_split(rows),
+        *gates.of_heldout_loss(told),
+        *gates.of_end(told),
+        *gates.of_greedy(_asked(policy, talks, template), told[-1].get(gates.END)),
+        *gates.of_numbers(config.kind, told, config.model_dump(), but=("loss/heldout",)),
+    )
+    gates.judge(folder, rulings, console)
 
 
 def reward(config: RewardConfig, folder: Path, console: Console | None) -> None:
@@ -92,8 +106,19 @@ def reward(config: RewardConfig, folder: Path, console: Console | None) -> None:
         normalisation=Normalisation(gain, bias),
         tokenizer=template.tokenizer,
     )
+    rulings = [*gates.of_split(rows), *gates.of_rankings((*rows.train_records, *rows.heldout_records))]
     if heldout:
-        write_json(folder / "accuracy.json", reward_accuracy(role, train_rows, heldout))
+        scores = ranked_scores(role, heldout)
+        accuracy = reward_accuracy(scores, train_rows, heldout)
+        write_json(folder / "accuracy.json", accuracy)
+        rulings += [*gates.of_accuracy(accuracy), *gates.of_scores(scores)]
+        if config.loss != "regression":
+            margins = [margin / gain for margin in gates.margins_of(scores, heldout)]
+            rulings += gates.of_pairs(margins, accuracy["high"])
+        rulings += gates.of_probes(role, template, rows.heldout_records, scores, config.data.max_tokens)
+    own = ("loss/heldout", "accuracy/heldout")
+    rulings += gates.of_numbers(config.kind, read_metrics(folder), config.model_dump(), but=own)
+    gates.judge(folder, rulings, console)
 
 
 def dpo(config: DpoConfig, folder: Path, console: Console | None) -> None:
@@ -126,6 +151,24 @@ def dpo(config: DpoConfig, folder: Path, console: Console | None) -> None:
     source = DatasetSource(train_rows, collate, config.training.batch_size, config.seed)
     _train(source, learner, config, folder, steps, console, measure if heldout else None)
     save_role(folder / "policy", policy, "policy", config.model, tokenizer=template.tokenizer)
+    told = read_metrics(folder)
+    talks = [(one.prompt, row.answers[0]) for one, row in zip(rows.heldout_records, heldout, strict=True)]
+    rulings = (
+        *gates.of_split(rows),
+        *(() if one_by_one else gates.of_rankings((*rows.train_records, *rows.heldout_records))),
+        *gates.of_heldout_loss(told),
+        *gates.of_heldout_accuracy(told, len(heldout)),
+        *gates.of_greedy(_asked(policy, talks, template)),
+        *gates.of_numbers(config.kind, told, config.model_dump(), but=("loss/heldout", "accuracy/heldout")),
+    )
+    gates.judge(folder, rulings, console)
+
+
+def _asked(
+    policy: Role, talks: Sequence[tuple[Prompt, Encoded]], template: ChatTemplate
+) -> tuple[int, int, int] | None:
+    engine = assemble.build_engine("native", policy, template, gates.ASKED)
+    return gates.ask(engine, template, [prompt for prompt, _ in talks], [sum(row.loss_mask) for _, row in talks])
 
 
 def _referenced(rows: Sequence[Any], reference: Role, folder: Path, console: Console | None) -> list[Any]:
@@ -179,6 +222,9 @@ def ppo(config: PpoConfig, folder: Path, console: Console | None) -> None:
     if critic is not None:
         save_role(folder / "value", critic[0], "value", critic[1], tokenizer=template.tokenizer)
     save_role(folder / "policy", policy, "policy", config.model, tokenizer=template.tokenizer)
+    told, settings = read_metrics(folder), config.model_dump()
+    rulings = (*gates.of_movement(told, settings), *gates.of_numbers(config.kind, told, settings))
+    gates.judge(folder, rulings, console)
 
 
 def _gold(judge: str, rollout: Rollout, reward: Reward) -> float:
