@@ -134,7 +134,7 @@ def main() -> int:
     # Rounds after which gold is never again within a tenth of its best.
     falls = max(step for step, value in enumerate(gold, start=1) if value > max(gold) - 0.1) + 1
     flags = [Flag(step, f"{WATCHED[name]}: {level}") for name, levels in told.items() for level, step in levels.items()]
-    flags.append(Flag(best + 1, "rolled back to this policy"))
+    flags = [Flag(best + 1, "rolled back to this policy"), *flags]
     (out / "overoptimisation.svg").write_text(picture(out / "warn", flags), encoding="utf-8")
     results = {
         "gold": gold,

@@ -228,8 +228,8 @@ def test_a_flag_stands_at_its_step() -> None:
     line = Line("score", METRICS["reward/score_mean"], [Point(step, 0.1 * step) for step in range(11)], 0)
     chart = str(line_chart([line], title="t", step_word="step", flags=[Flag(5, "alarm"), Flag(10, "<end>")]))
     assert '<line class="mark" x1="226.0" x2="226.0"' in chart
-    assert '<text x="230.0" y="32.0" class="tick ">alarm</text>' in chart
-    assert '<text x="402.0" y="45.0" class="tick end">&lt;end&gt;</text>' in chart
+    assert '<text x="230.0" y="194.0" class="tick flag">alarm</text>' in chart
+    assert '<text x="402.0" y="181.0" class="tick flag end">&lt;end&gt;</text>' in chart
 
 
 def test_score_and_gold_by_distance_by_hand() -> None:

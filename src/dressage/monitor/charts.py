@@ -109,8 +109,9 @@ def line_chart(
         *(_right_axis(frame, right[0]) if right else ()),
         *_bottom_axis(frame, step_word),
         *(_mark(frame, mark) for mark in marks),
-        *(_flag(frame, flag, row) for row, flag in enumerate(flags)),
+        *(_upright(frame, flag) for flag in flags),
         *(_curve(frame, line) for line in lines),
+        *(_flag(frame, flag, row) for row, flag in enumerate(flags)),
     ]
     x = [frame.x(step) for step in steps]
     edges = [x[0] - 6, *((a + b) / 2 for a, b in pairwise(x)), x[-1] + 6]
@@ -147,11 +148,15 @@ def _mark(frame: _Frame, mark: Mark) -> str:
     return _level("mark", frame, y) + _text(frame.end - 2, y - 4, "end", mark.label)
 
 
+def _upright(frame: _Frame, flag: Flag) -> str:
+    x = frame.x(flag.step)
+    return f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{HEIGHT - _BOTTOM}"/>'
+
+
 def _flag(frame: _Frame, flag: Flag, row: int) -> str:
-    """Labels stand one below the other, on the side where there is room."""
+    """Labels stand one above the other from the bottom, before the curves, on the side where there is room."""
     x, late = frame.x(flag.step), frame.across.part(flag.step) > 0.6
-    line = f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{HEIGHT - _BOTTOM}"/>'
-    return line + _text(x - 4 if late else x + 4, _TOP + 10 + 13 * row, "end" if late else "", flag.label)
+    return _text(x - 4 if late else x + 4, HEIGHT - _BOTTOM - 6 - 13 * row, "flag end" if late else "flag", flag.label)
 
 
 def _curve(frame: _Frame, line: Line) -> str:
