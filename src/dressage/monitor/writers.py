@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 import warnings
 from collections.abc import Mapping
@@ -124,6 +125,11 @@ class Monitor:
         elif self._console is not None and self._is_due(step):
             self._printed = step
             self._console.print(Text(f"{self.stage}  {self._news(step)}  {self._clock(step)}"), soft_wrap=True)
+
+    def to_disk(self) -> None:
+        """What was logged is still there after a power cut: before a checkpoint, from which it is not logged again."""
+        for file in (self._metrics, self._samples):
+            os.fsync(file.fileno())
 
     def sample(self, step: int, prompt: str, answer: str, reward: float, finish: str) -> None:
         """A line of samples.jsonl; the terminal shows one now and then."""

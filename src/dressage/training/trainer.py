@@ -125,6 +125,7 @@ def train(
                     "settings": settings_hash,
                     "updates": learner.updates,
                 }
+                monitor.to_disk()
                 checkpoint = Checkpoint(done, learner.optimizer.weights(), learner.optimizer.moments(), state)
                 save_checkpoint(folder, checkpoint, config.keep_checkpoints)
             if judge is not None and _alarmed(judge, done, logged, monitor, learner, folder):
@@ -190,6 +191,11 @@ def _resume(source: BatchSource, learner: Learner, folder: Path, settings_hash: 
     if checkpoint.state["settings"] != settings_hash:
         raise CheckpointError(
             f"{folder}: holds checkpoints of a run with other settings; give another --out, or delete the folder"
+        )
+    if checkpoint.weights.keys() != learner.optimizer.weights().keys():
+        raise CheckpointError(
+            f"{folder}: its checkpoints hold other weights than those that learn here; was a library"
+            " changed? Give another --out, or delete the folder"
         )
     learner.optimizer.restore(checkpoint.weights, checkpoint.moments)
     learner.updates = checkpoint.state["updates"]
