@@ -89,7 +89,7 @@ def completed(
             made = engine.generate([asked[i] for i in part], sampling, lambda done: progress(len(found) + done))
             new = dict(zip(part, made, strict=True))
             kept.add(new)
-            found |= new
+            found.update(new)
         progress(len(found))
     return [found[i] for i in range(len(asked))]
 
