@@ -281,6 +281,7 @@ def _within(child: Child, job: Job, hook: Hook | None) -> int:
         os.dup2(log, stream)
     sys.stdout, sys.stderr = (os.fdopen(os.dup(log), "w", buffering=1, encoding="utf-8") for _ in range(2))
     os.environ |= {"NO_COLOR": "1", "COLUMNS": "200", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    gc.freeze()  # what was loaded before need not be looked through again and again
     code: Any = 1
     try:
         import torch
@@ -304,6 +305,7 @@ def _watch_moments(child: Child) -> None:
     """The run tells what it is at."""
     from dressage.rollout.native import NativeEngine
     from dressage.stages import answering, learning
+    from dressage.stages.completions import Kept
     from dressage.training import trainer
     from dressage.training.update import Learner
 
@@ -336,6 +338,7 @@ def _watch_moments(child: Child) -> None:
     marked(trainer, "save_checkpoint", "saving a checkpoint")
     marked(learning, "save_role", "saving a product")
     marked(answering, "write_lines", "saving a product")
+    marked(Kept, "add", "keeping answers")
 
 
 # --- what a run is
@@ -966,14 +969,13 @@ def all_faults(trial: Trial, parts: Sequence[str], kills: int, draw: random.Rand
     """Part by part."""
     for name in trial.jobs:
         yield undisturbed(trial, name)
-    learning = [name for name in trial.wanted if name not in ("sample", "run")]
     if "kills" in parts:
         yield from random_kills(trial, kills, draw)
     if "operations" in parts:
         for name in trial.wanted:
             # Of one short run every operation; of the others some, each time others.
             numbers = range(1, operations_of(trial, name) + 1)
-            some = numbers if name in ("sft", "sample") else sorted(draw.sample(numbers, 12))
+            some = numbers if name in ("sft", "sample") else sorted(draw.sample(numbers, 6))
             yield from (kill_at_operation(trial, name, number) for number in some)
     if "signals" in parts:
         for name in trial.wanted:
@@ -983,18 +985,17 @@ def all_faults(trial: Trial, parts: Sequence[str], kills: int, draw: random.Rand
         yield from damaged(trial, "rl ppo", DAMAGES[::6])
     if "writes" in parts:
         for name in trial.wanted:
-            numbers = range(1, operations_of(trial, name) + 1)
-            some = numbers if name in ("sft", "sample") else sorted(draw.sample(numbers, 8))
+            some = sorted(draw.sample(range(1, operations_of(trial, name) + 1), 6))
             yield from (full_at_operation(trial, name, number) for number in some)
     if "disk" in parts:
-        for name, step in {"sft": 4, "sft, all weights": 64, "rl ppo": 32, "sample": 4, "run": 64}.items():
+        for name, step in {"sft": 8, "sft, all weights": 128, "rl ppo": 64, "sample": 8, "run": 128}.items():
             for kilobytes in itertools.count(step, step):
                 fault = full_disk(trial, name, kilobytes)
                 yield fault
                 if fault.kind != FULL:
                     break
     if "memory" in parts:
-        for name in learning:
+        for name in ("sft", "dpo", "rl ppo"):
             yield out_of_memory(trial, name, "PyTorch finds no memory in the third update", no_memory_at(3))
             for megabytes in (0, 0.25, 0.5, 1, 2, 4):
                 what = f"no more than {megabytes} MB beside what the first update found"
@@ -1065,8 +1066,6 @@ def main() -> int:
     began, faults = time.monotonic(), list[Fault]()
     with tempfile.TemporaryDirectory() as scratch:
         jobs = make_world(Path(scratch))
-        gc.collect()
-        gc.freeze()  # what is loaded is not looked through again by every child
         trial = Trial(jobs, Path(scratch) / "trial" / "run")
         for fault in all_faults(trial, given.only.split(","), given.kills, random.Random(given.seed)):
             faults.append(fault)

@@ -35,8 +35,7 @@ class Checkpoint:
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Writes checkpoints/step-N under `folder`, then forgets all but the newest `keep` up to it.
 
-    One of a later step is damaged, or this would not be the newest step: it goes too, and what a save that was cut
-    short left.
+    One of a later step is forgotten too: it is damaged, or the run would have gone on from there.
 
     CheckpointError if it could not be written; the ones before it stay.
     """
@@ -46,11 +45,18 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         save_tensors(checkpoint.moments, partial / "moments.safetensors")
         _write(partial / "state.json", {"step": checkpoint.step, **checkpoint.state})
         _write(partial / MANIFEST, {path.name: _sha256(path) for path in sorted(partial.iterdir())})
-    kept = [path for path in _numbered(folder) if _step(path) <= checkpoint.step][-keep:]
-    for path in target.parent.glob("*step-*"):
-        if path not in kept:
+    for path in _numbered(folder):
+        if _step(path) > checkpoint.step:
             remove(path)
+    forget(folder, checkpoint.step, keep)
     return target
+
+
+def forget(folder: Path, step: int, keep: int) -> None:
+    """Forgets all checkpoints but the newest `keep` up to `step`, and what was left when a save was cut short."""
+    old = [path for path in _numbered(folder) if _step(path) <= step][:-keep]
+    for path in (*old, *(folder / "checkpoints").glob(".step-*")):
+        remove(path)
 
 
 def load_checkpoint(folder: Path, step: int | None = None) -> Checkpoint | None:

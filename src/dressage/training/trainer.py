@@ -16,7 +16,7 @@ from dressage.errors import CheckpointError, HealthError
 from dressage.monitor.metrics import declared
 from dressage.monitor.watch import Watch, told
 from dressage.monitor.writers import Monitor, read_metrics
-from dressage.training.checkpoint import Checkpoint, checkpoint_steps, load_checkpoint, save_checkpoint
+from dressage.training.checkpoint import Checkpoint, checkpoint_steps, forget, load_checkpoint, save_checkpoint
 from dressage.training.update import STOPPED, WORST, AnyBatch, Learner, Sums
 
 LAST_KL = "kl/update_last"
@@ -85,7 +85,7 @@ def train(
     `watch` makes the judge of its numbers, from those of the attempts before. CheckpointError if the checkpoints in
     `folder` belong to other settings; HealthError if the run's numbers say that it should end.
     """
-    start, before = _resume(source, learner, folder, settings_hash)
+    start, before = _resume(source, learner, folder, settings_hash, config.keep_checkpoints)
     began = time.perf_counter()
     with open_monitor(start, before) as monitor:
         if evaluate is not None and start == 0:
@@ -184,7 +184,7 @@ def _mean(sums: Sequence[Sums], name: str) -> float:
     return sum(values) / len(values)
 
 
-def _resume(source: BatchSource, learner: Learner, folder: Path, settings_hash: str) -> tuple[int, float]:
+def _resume(source: BatchSource, learner: Learner, folder: Path, settings_hash: str, keep: int) -> tuple[int, float]:
     checkpoint = load_checkpoint(folder)
     if checkpoint is None:
         return 0, 0.0
@@ -197,6 +197,8 @@ def _resume(source: BatchSource, learner: Learner, folder: Path, settings_hash: 
             f"{folder}: its checkpoints hold other weights than those that learn here; was a library"
             " changed? Give another --out, or delete the folder"
         )
+    # The attempt before may have been stopped while it forgot them.
+    forget(folder, checkpoint.step, keep)
     learner.optimizer.restore(checkpoint.weights, checkpoint.moments)
     learner.updates = checkpoint.state["updates"]
     source.restore(checkpoint.state["source"])
