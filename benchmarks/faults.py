@@ -1,6 +1,6 @@
 """Breaks runs on purpose, in every way we know, and looks whether anything was lost.
 
-    python benchmarks/faults.py [--kills 60] [--only kills,disk] [--seed 1] [--out runs/faults]
+    python benchmarks/faults.py [--kills 60] [--points 20] [--only kills,disk] [--seed 1] [--out runs/faults]
 
 A model of two layers with random weights and a handful of rows; every verb that learns or samples, and a pipeline of
 them. Each run is a process of its own, forked from this one, which has loaded torch once. First every run is made
@@ -13,6 +13,7 @@ was not as promised. docs/reliability.md says what is promised. Linux; the disk 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import gc
 import itertools
@@ -965,7 +966,13 @@ def signalled(trial: Trial, name: str, which: signal.Signals, draw: random.Rando
 # --- all of it
 
 
-def all_faults(trial: Trial, parts: Sequence[str], kills: int, draw: random.Random) -> Iterator[Fault]:
+def some_operations(trial: Trial, name: str, points: int, draw: random.Random) -> list[int]:
+    """So many of a run's file operations, spread over all of them: one at random of each equal share."""
+    share = operations_of(trial, name) / points
+    return sorted({1 + int((point + draw.random()) * share) for point in range(points)})
+
+
+def all_faults(trial: Trial, parts: Sequence[str], kills: int, points: int, draw: random.Random) -> Iterator[Fault]:
     """Part by part."""
     for name in trial.jobs:
         yield undisturbed(trial, name)
@@ -973,10 +980,7 @@ def all_faults(trial: Trial, parts: Sequence[str], kills: int, draw: random.Rand
         yield from random_kills(trial, kills, draw)
     if "operations" in parts:
         for name in trial.wanted:
-            # Of one short run every operation; of the others some, each time others.
-            numbers = range(1, operations_of(trial, name) + 1)
-            some = numbers if name in ("sft", "sample") else sorted(draw.sample(numbers, 6))
-            yield from (kill_at_operation(trial, name, number) for number in some)
+            yield from (kill_at_operation(trial, name, number) for number in some_operations(trial, name, points, draw))
     if "signals" in parts:
         for name in trial.wanted:
             yield from (signalled(trial, name, which, draw) for which in (signal.SIGINT, signal.SIGTERM))
@@ -985,8 +989,8 @@ def all_faults(trial: Trial, parts: Sequence[str], kills: int, draw: random.Rand
         yield from damaged(trial, "rl ppo", DAMAGES[::6])
     if "writes" in parts:
         for name in trial.wanted:
-            some = sorted(draw.sample(range(1, operations_of(trial, name) + 1), 6))
-            yield from (full_at_operation(trial, name, number) for number in some)
+            numbers = some_operations(trial, name, points // 2, draw)
+            yield from (full_at_operation(trial, name, number) for number in numbers)
     if "disk" in parts:
         for name, step in {"sft": 8, "sft, all weights": 128, "rl ppo": 64, "sample": 8, "run": 128}.items():
             for kilobytes in itertools.count(step, step):
@@ -1056,6 +1060,7 @@ def load_all() -> None:
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--kills", type=int, default=60, help="at random moments (60)")
+    options.add_argument("--points", type=int, default=20, help="file operations of each run to try (20)")
     options.add_argument("--only", default=",".join(PARTS), help=f"parts of {', '.join(PARTS)}")
     options.add_argument("--seed", type=int, default=1, help="of the moments")
     options.add_argument("--out", type=Path, default=Path("runs/faults"))
@@ -1067,10 +1072,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         jobs = make_world(Path(scratch))
         trial = Trial(jobs, Path(scratch) / "trial" / "run")
-        for fault in all_faults(trial, given.only.split(","), given.kills, random.Random(given.seed)):
-            faults.append(fault)
-            told = "as promised" if fault.wrong is None else f"NOT AS PROMISED: {fault.wrong}"
-            print(f"{len(faults):4} {fault.part:11} {fault.job:16} {fault.what}: {told}", flush=True)
+        draw = random.Random(given.seed)
+        with contextlib.suppress(KeyboardInterrupt):  # what was tried counts
+            for fault in all_faults(trial, given.only.split(","), given.kills, given.points, draw):
+                faults.append(fault)
+                told = "as promised" if fault.wrong is None else f"NOT AS PROMISED: {fault.wrong}"
+                print(f"{len(faults):4} {fault.part:11} {fault.job:16} {fault.what}: {told}", flush=True)
     seconds = time.monotonic() - began
     given.out.mkdir(parents=True, exist_ok=True)
     found = {"seed": given.seed, "seconds": round(seconds), "faults": [asdict(fault) for fault in faults]}
