@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import errno
 import gc
-import itertools
 import json
 import mmap
 import os
@@ -327,7 +326,7 @@ def _watch_moments(child: Child) -> None:
             marked(module, name, "loading and preparing")
     from dressage import stages
 
-    stages.WORK = dict(stages.WORK) | {  # type: ignore[misc]
+    stages.WORK = dict(stages.WORK) | {
         name: getattr(module, name)
         for module in (learning, answering)
         for name in stages.WORK
@@ -503,7 +502,7 @@ def at_operations(then: Then) -> Hook:
             happens("tensors", path)
             save_file(tensors, path)
 
-        writers._append, files.save_file = appended, saved  # type: ignore[assignment]
+        writers._append, files.save_file = appended, saved
         sys.addaudithook(audited)
 
     return hook
@@ -606,7 +605,7 @@ def _a_folder_instead(folder: Path) -> None:
 
 FILES = ("weights.safetensors", "moments.safetensors", "state.json", "manifest.json")
 DAMAGES = (
-    *(Damage(f"{name} lost", lambda folder, name=name: (folder / name).unlink()) for name in FILES),  # type: ignore[misc]
+    *(Damage(f"{name} lost", lambda folder, name=name: (folder / name).unlink()) for name in FILES),
     *(_cut(name, keep) for name in FILES for keep in (0.0, 0.7)),
     *(_flip(name, where) for name in FILES[:3] for where in (0.0, 0.5, 1.0)),
     _put("manifest.json", "{}", "an empty list of files"),
@@ -755,7 +754,7 @@ def little_memory(megabytes: float) -> Hook:
                 resource.setrlimit(resource.RLIMIT_AS, (most, most))
             return update(self, batches)
 
-        Learner.update = limited  # type: ignore[method-assign]
+        Learner.update = limited
 
     return hook
 
@@ -776,7 +775,7 @@ def no_memory_at(step: int) -> Hook:
                 torch.empty(2**60, dtype=torch.uint8)
             return update(self, batches)
 
-        Learner.update = starved  # type: ignore[method-assign]
+        Learner.update = starved
 
     return hook
 
@@ -801,7 +800,7 @@ def out_of_memory(trial: Trial, name: str, what: str, hook: Hook) -> Fault:
 
 def with_function(job: Job, function: str, *settings: str) -> Job:
     """The same with another of the functions of mine.py for its reward."""
-    kept = [one.replace(":length'", f":{function}', timeout_seconds: 0.5, on_failure: -2") for one in job.arguments]
+    kept = [one.replace(":length'", f":{function}', timeout_seconds: 2, on_failure: -2") for one in job.arguments]
     return Job(job.name, [*kept, *settings])
 
 
@@ -840,8 +839,8 @@ def killed_worker(trial: Trial) -> Fault:
             child.operations += 1
             return update(self, batches)
 
-        FunctionReward.__call__ = called  # type: ignore[method-assign]
-        Learner.update = then_kill  # type: ignore[method-assign]
+        FunctionReward.__call__ = called
+        Learner.update = then_kill
 
     trial.afresh()
     child = start(trial.jobs["rl grpo"], trial.folder, hook)
@@ -854,7 +853,7 @@ def killed_worker(trial: Trial) -> Fault:
 def killed_while_it_hangs(trial: Trial, how: str) -> Fault:
     """kill -9 to a run whose reward hangs: the reward's process ends too, and the run can go on."""
     job = with_function(trial.jobs["rl grpo"], how)
-    job = Job(job.name, [one.replace("timeout_seconds: 0.5", "timeout_seconds: 600") for one in job.arguments])
+    job = Job(job.name, [one.replace("timeout_seconds: 2,", "timeout_seconds: 600,") for one in job.arguments])
     marker = next(Path(one.split("'")[1]).parent for one in job.arguments if "mine.py" in one) / "hung"
     marker.touch()
     trial.afresh()
@@ -978,22 +977,12 @@ def all_faults(trial: Trial, parts: Sequence[str], kills: int, points: int, draw
         yield undisturbed(trial, name)
     if "kills" in parts:
         yield from random_kills(trial, kills, draw)
-    if "operations" in parts:
-        for name in trial.wanted:
-            yield from (kill_at_operation(trial, name, number) for number in some_operations(trial, name, points, draw))
-    if "signals" in parts:
-        for name in trial.wanted:
-            yield from (signalled(trial, name, which, draw) for which in (signal.SIGINT, signal.SIGTERM))
     if "checkpoints" in parts:
         yield from damaged(trial, "sft")
         yield from damaged(trial, "rl ppo", DAMAGES[::6])
-    if "writes" in parts:
-        for name in trial.wanted:
-            numbers = some_operations(trial, name, points // 2, draw)
-            yield from (full_at_operation(trial, name, number) for number in numbers)
     if "disk" in parts:
-        for name, step in {"sft": 8, "sft, all weights": 128, "rl ppo": 64, "sample": 8, "run": 128}.items():
-            for kilobytes in itertools.count(step, step):
+        for name, step in {"sft": 16, "sft, all weights": 128, "rl ppo": 64, "sample": 16, "run": 128}.items():
+            for kilobytes in range(step, 40 * step, step):
                 fault = full_disk(trial, name, kilobytes)
                 yield fault
                 if fault.kind != FULL:
@@ -1012,6 +1001,16 @@ def all_faults(trial: Trial, parts: Sequence[str], kills: int, points: int, draw
         for name in ("sft", "rl grpo", "run"):
             yield second_run(trial, name)
             yield both_at_once(trial, name)
+    if "operations" in parts:
+        for name in trial.wanted:
+            yield from (kill_at_operation(trial, name, number) for number in some_operations(trial, name, points, draw))
+    if "writes" in parts:
+        for name in trial.wanted:
+            numbers = some_operations(trial, name, points // 2, draw)
+            yield from (full_at_operation(trial, name, number) for number in numbers)
+    if "signals" in parts:
+        for name in trial.wanted:
+            yield from (signalled(trial, name, which, draw) for which in (signal.SIGINT, signal.SIGTERM))
 
 
 PARTS: Mapping[str, str] = {

@@ -40,7 +40,7 @@ class Verbs(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Runs a verb: 2 after an error that the user can put right, 130 after Ctrl-C."""
         debug = bool(ctx.params.get("debug"))
-        threading.excepthook = _thread_failed
+        before, threading.excepthook = threading.excepthook, _thread_failed
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = _show_warning  # type: ignore[assignment]
@@ -62,6 +62,8 @@ class Verbs(TyperGroup):
         except KeyboardInterrupt as error:
             _complain("", ["interrupted; the same command goes on from the last checkpoint"], debug)
             raise typer.Exit(130) from error
+        finally:
+            threading.excepthook = before
 
 
 def _out_of_memory(error: Exception) -> bool:

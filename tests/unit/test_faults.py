@@ -230,8 +230,12 @@ def test_out_of_memory_is_a_line(
 def test_a_thread_that_cannot_write_is_quiet_and_others_are_not(
     dressage: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    seen: list[Any] = []
+    monkeypatch.setattr("dressage.recipe.recipes", lambda: seen.append(threading.excepthook) or {})
+    before = threading.excepthook
     dressage("recipes")
+    assert threading.excepthook is before and seen[0] is not before
+    monkeypatch.setattr(threading, "excepthook", seen[0])
     for error in (OSError(28, "No space left on device"), ValueError("of ours")):
 
         def fail(error: Exception = error) -> None:
