@@ -46,9 +46,9 @@ def sample(config: SampleConfig, folder: Path, console: Console | None) -> None:
     asked = [prompt for prompt in rows.train for _ in range(drawn)]
     with Progress(console=console or Console(quiet=True), transient=True) as progress:
         task = progress.add_task("sampling", total=len(asked))
-        kept = Kept(folder / "checkpoints" / "completions.jsonl", identity_of(settings_hash(config), asked))
+        sampled = Kept(folder / "checkpoints" / "completions.jsonl", identity_of(settings_hash(config), asked))
         completions = completed(
-            engine, asked, sampling, config.max_batch, kept, lambda done: progress.update(task, completed=done)
+            engine, asked, sampling, config.max_batch, sampled, lambda done: progress.update(task, completed=done)
         )
     rollouts = [
         Rollout(prompt, completion, template.decode(completion.tokens), number // config.best_of)

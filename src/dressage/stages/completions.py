@@ -80,7 +80,7 @@ def completed(
     sampling: Sampling,
     most: int,
     kept: Kept,
-    progress: Callable[[int], object] = lambda done: None,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> list[Completion]:
     """One completion for each prompt, in order, `most` or so at a time; those that `kept` holds are not asked for."""
     found = kept.read()
