@@ -22,6 +22,7 @@ from dressage.models.files import new_folder
 from dressage.pipeline import result_settings, run_stage
 from dressage.rewards.functions import FunctionReward
 from dressage.schema import Completion, Message, Prompt, Rollout, Sampling
+from dressage.stages.answers import write_lines
 from dressage.stages.completions import Kept, completed, identity_of, parts
 from dressage.training.checkpoint import Checkpoint, checkpoint_steps, load_checkpoint, save_checkpoint
 
@@ -246,6 +247,19 @@ def test_a_thread_that_cannot_write_is_quiet_and_others_are_not(
         thread.join()
     said = capsys.readouterr().err
     assert "No space left" not in said and "ValueError: of ours" in said
+
+
+def test_half_a_file_is_taken_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a disk that is full: a report, or answers."""
+    (tmp_path / "answers.jsonl").write_text("before")
+
+    def full(self: Path, target: Path) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_lines(tmp_path / "answers.jsonl", [{"a": 1}])
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"answers.jsonl": "before"}
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------

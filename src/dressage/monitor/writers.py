@@ -228,8 +228,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def write_whole(path: Path, text: str) -> None:
     """The whole file or nothing of it. A lone surrogate, which JSON can hold and UTF-8 cannot, becomes "?"."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8", errors="replace", newline="\n")
-    partial.replace(path)
+    try:
+        partial.write_text(text, encoding="utf-8", errors="replace", newline="\n")
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _continued(path: Path, start_step: int) -> TextIO:
