@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -26,7 +27,11 @@ from dressage.errors import ConfigError, DressageError, HealthError
 if TYPE_CHECKING:
     from dressage.config import Settings
 
-NOT_TO_BE_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+NOT_TO_BE_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+NO_MEMORY = (
+    "out of memory; lower training.micro_batch_tokens, rollout.max_batch (sample: max_batch) or the length of texts,"
+    " and give the command again: it goes on"
+)
 
 
 class Verbs(TyperGroup):
@@ -35,6 +40,7 @@ class Verbs(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Runs a verb: 2 after an error that the user can put right, 130 after Ctrl-C."""
         debug = bool(ctx.params.get("debug"))
+        before, threading.excepthook = threading.excepthook, _thread_failed
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = _show_warning  # type: ignore[assignment]
@@ -48,9 +54,29 @@ class Verbs(TyperGroup):
             place = f"{error.filename}: " if error.filename else ""
             _complain(f"{place}{error.strerror}; put that right and give the same command again", debug=debug)
             raise typer.Exit(DressageError.exit_code) from error
+        except (MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            _complain(NO_MEMORY, debug=debug)
+            raise typer.Exit(DressageError.exit_code) from error
         except KeyboardInterrupt as error:
             _complain("", ["interrupted; the same command goes on from the last checkpoint"], debug)
             raise typer.Exit(130) from error
+        finally:
+            threading.excepthook = before
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """As Python, PyTorch on a CPU, PyTorch on a GPU and the system (for a thread's stack) say it."""
+    said = ("can't allocate memory", "not enough memory", "out of memory", "can't start new thread")
+    return isinstance(error, MemoryError) or any(words in str(error) for words in said)
+
+
+def _thread_failed(failure: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread raises again where it is next used; what else fails in a thread shows itself."""
+    error = failure.exc_value
+    if not (isinstance(error, OSError) and error.errno in NOT_TO_BE_WRITTEN):
+        threading.__excepthook__(failure)
 
 
 def _complain(message: str, notes: Sequence[str] = (), debug: bool = False) -> None:

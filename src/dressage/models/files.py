@@ -45,26 +45,48 @@ class Normalisation:
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """A folder that appears whole or not at all: written beside its place, then renamed over it."""
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    """A folder that appears whole or not at all: written beside its place, then renamed over it.
+
+    CheckpointError if it could not be written.
+    """
+    partial, old = (target.with_name(f".{target.name}.{what}") for what in ("partial", "old"))
+    remove(partial)
     try:
         partial.mkdir(parents=True)
         yield partial
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(
-            f"{target}: could not be written ({error.strerror or error}); what was there before stays"
-        ) from error
+        # Not only in the disk's cache: after a power cut the name would be there, and the bytes would not.
+        for path in (*partial.rglob("*"), partial):
+            _to_disk(path)
+    except (OSError, SafetensorError) as error:
+        remove(partial)
+        why = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{target}: could not be written ({why}); what was there before stays") from error
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove(partial)
         raise
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
+    remove(old)
     if target.exists():
         target.rename(old)
     partial.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+    _to_disk(target.parent)
+    remove(old)
+
+
+def remove(path: Path) -> None:
+    """A file, a folder with all that is in it, or nothing."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _to_disk(path: Path) -> None:
+    """A file's bytes, or a folder's names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -9,7 +9,6 @@ import os
 import shutil
 import time
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -180,23 +179,18 @@ def best_device() -> torch.device:
 
 
 def compute_dtype(asked: str) -> torch.dtype:
-    """The type of frozen weights and products; "auto" measures whether bfloat16 is the faster one here."""
+    """The type of frozen weights and products; "auto" is bfloat16 where the machine has instructions for it.
+
+    It asks and does not measure: a stopwatch could choose another type for the run that goes on than for the one that
+    began, and every number after that would be another.
+    """
     if asked != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[asked]
     if torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    return torch.bfloat16 if _product_seconds(torch.bfloat16) * 1.5 < _product_seconds(torch.float32) else torch.float32
-
-
-@cache
-def _product_seconds(dtype: torch.dtype) -> float:
-    left, right = torch.ones(256, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
-    seconds = []
-    for _ in range(4):  # the first sets up threads and kernels
-        start = time.perf_counter()
-        left @ right
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+        quick = torch.cuda.is_bf16_supported()
+    else:
+        quick = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if quick else torch.float32
 
 
 def _first_line(error: Exception) -> str:

@@ -106,7 +106,8 @@ vertical-align:middle;background:currentColor}
 .plot .note{font-size:.8rem;color:var(--dim);line-height:1.4;margin:6px 0 0}
 .chart{display:block;width:100%;height:auto;overflow:visible}
 .tick{font-size:11.5px;fill:var(--dim);font-variant-numeric:tabular-nums}.end{text-anchor:end}.middle{text-anchor:middle}
-.flag{paint-order:stroke;stroke:var(--card);stroke-width:4px}.grid{stroke:var(--line);stroke-width:1}.mark{stroke:var(--dim);stroke-width:1.2;stroke-dasharray:4 4}
+.flag{paint-order:stroke;stroke:var(--card);stroke-width:4px}
+.grid{stroke:var(--line);stroke-width:1}.mark{stroke:var(--dim);stroke-width:1.2;stroke-dasharray:4 4}
 .line{fill:none;stroke-width:2;stroke-linejoin:round;stroke-linecap:round}
 .line.c0{stroke:var(--c0)}.line.c1{stroke:var(--c1)}.line.c2{stroke:var(--c2)}.line.c3{stroke:var(--c3)}
 .dot.c0,.tick.c0{fill:var(--c0)}.dot.c1,.tick.c1{fill:var(--c1)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 import warnings
 from collections.abc import Mapping
@@ -125,6 +126,11 @@ class Monitor:
             self._printed = step
             self._console.print(Text(f"{self.stage}  {self._news(step)}  {self._clock(step)}"), soft_wrap=True)
 
+    def to_disk(self) -> None:
+        """What was logged is still there after a power cut: before a checkpoint, from which it is not logged again."""
+        for file in (self._metrics, self._samples):
+            os.fsync(file.fileno())
+
     def sample(self, step: int, prompt: str, answer: str, reward: float, finish: str) -> None:
         """A line of samples.jsonl; the terminal shows one now and then."""
         score = reward if math.isfinite(reward) else None
@@ -222,8 +228,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def write_whole(path: Path, text: str) -> None:
     """The whole file or nothing of it. A lone surrogate, which JSON can hold and UTF-8 cannot, becomes "?"."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8", errors="replace", newline="\n")
-    partial.replace(path)
+    try:
+        partial.write_text(text, encoding="utf-8", errors="replace", newline="\n")
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _continued(path: Path, start_step: int) -> TextIO:

@@ -38,7 +38,9 @@ class FunctionReward:
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[object]:
         """One call for all; Ungraded if it raises, hangs or its process ends."""
-        if self.process is None:
+        if self.process is None or self.process.poll() is not None:
+            # One that was killed since the last call is no fault of the answers of this one.
+            self.close()
             self._start()
         reply = self._exchange(json.dumps(request(rollouts)), self.timeout_seconds)
         return list(reply["scores"])

@@ -7,15 +7,20 @@ It says {"ready": true} first, or why not. Nothing of Dressage or torch is loade
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.util
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+PR_SET_PDEATHSIG = 1
+"""Of <linux/prctl.h>: a signal for this process when the thread that started it ends."""
 
 
 def load(name: str) -> Callable[..., Any]:
@@ -56,8 +61,18 @@ def _place(frame: traceback.FrameSummary) -> str:
     return f"{os.path.basename(frame.filename)}:{frame.lineno}"
 
 
+def end_with_parent() -> None:
+    """Whoever is killed cannot end us: a function that hangs would go on for ever. (Linux; elsewhere for its call.)
+
+    The system does it, since a thread of ours would wait for Python's lock, which a regular expression holds.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def main() -> None:
     """Serves until its input ends."""
+    end_with_parent()
     # The function may print and read: what it prints goes to stderr, and there is nothing for it to read.
     questions, replies = os.fdopen(os.dup(0), encoding="utf-8"), os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)

@@ -19,10 +19,11 @@ from dressage.feedback.annotator import SimulatedAnnotator
 from dressage.models.files import add_saved_adapter, load_backbone, saved_model
 from dressage.models.pretrained import lineage
 from dressage.models.roles import Role
-from dressage.pipeline import write_json
+from dressage.pipeline import settings_hash, write_json
 from dressage.schema import Rollout, Sampling
 from dressage.stages import gates
 from dressage.stages.answers import ANSWERS, RANKINGS, lines_of, messages_of, note, prompt_of, write_lines
+from dressage.stages.completions import Kept, completed, identity_of
 from dressage.training.batch_sources import logprobs_of
 
 
@@ -46,7 +47,10 @@ def sample(config: SampleConfig, folder: Path, console: Console | None) -> None:
     asked = [prompt for prompt in rows.train for _ in range(drawn)]
     with Progress(console=console or Console(quiet=True), transient=True) as progress:
         task = progress.add_task("sampling", total=len(asked))
-        completions = engine.generate(asked, sampling, lambda done: progress.update(task, completed=done))
+        sampled = Kept(folder / "checkpoints" / "completions.jsonl", identity_of(settings_hash(config), asked))
+        completions = completed(
+            engine, asked, sampling, config.max_batch, sampled, lambda done: progress.update(task, completed=done)
+        )
     rollouts = [
         Rollout(prompt, completion, template.decode(completion.tokens), number // config.best_of)
         for number, (prompt, completion) in enumerate(zip(asked, completions, strict=True))

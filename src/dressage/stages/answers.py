@@ -12,6 +12,7 @@ from rich.console import Console
 from dressage.data.template import ChatTemplate
 from dressage.errors import DataError
 from dressage.feedback.annotator import gold_score
+from dressage.monitor.writers import write_whole
 from dressage.pipeline import NOTES, write_json
 from dressage.schema import Completion, Message, Prompt, Rollout
 
@@ -62,9 +63,7 @@ def messages_of(prompt: Prompt) -> list[dict[str, str]]:
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """A JSONL file that appears whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def gold_of(rollout: Rollout) -> float:

@@ -17,7 +17,7 @@ from dressage.monitor.memory import rss_gb
 from dressage.monitor.metrics import declared
 from dressage.monitor.watch import Watch, told
 from dressage.monitor.writers import Monitor, read_metrics
-from dressage.training.checkpoint import Checkpoint, checkpoint_steps, load_checkpoint, save_checkpoint
+from dressage.training.checkpoint import Checkpoint, checkpoint_steps, forget, load_checkpoint, save_checkpoint
 from dressage.training.update import STOPPED, WORST, AnyBatch, Learner, Sums
 
 LAST_KL = "kl/update_last"
@@ -86,7 +86,7 @@ def train(
     `watch` makes the judge of its numbers, from those of the attempts before. CheckpointError if the checkpoints in
     `folder` belong to other settings; HealthError if the run's numbers say that it should end.
     """
-    start, before = _resume(source, learner, folder, settings_hash)
+    start, before = _resume(source, learner, folder, settings_hash, config.keep_checkpoints)
     began = time.perf_counter()
     with open_monitor(start, before) as monitor:
         if evaluate is not None and start == 0:
@@ -127,6 +127,7 @@ def train(
                     "settings": settings_hash,
                     "updates": learner.updates,
                 }
+                monitor.to_disk()
                 checkpoint = Checkpoint(done, learner.optimizer.weights(), learner.optimizer.moments(), state)
                 save_checkpoint(folder, checkpoint, config.keep_checkpoints)
             if judge is not None and _alarmed(judge, done, logged, monitor, learner, folder):
@@ -185,7 +186,7 @@ def _mean(sums: Sequence[Sums], name: str) -> float:
     return sum(values) / len(values)
 
 
-def _resume(source: BatchSource, learner: Learner, folder: Path, settings_hash: str) -> tuple[int, float]:
+def _resume(source: BatchSource, learner: Learner, folder: Path, settings_hash: str, keep: int) -> tuple[int, float]:
     checkpoint = load_checkpoint(folder)
     if checkpoint is None:
         return 0, 0.0
@@ -193,6 +194,13 @@ def _resume(source: BatchSource, learner: Learner, folder: Path, settings_hash: 
         raise CheckpointError(
             f"{folder}: holds checkpoints of a run with other settings; give another --out, or delete the folder"
         )
+    if checkpoint.weights.keys() != learner.optimizer.weights().keys():
+        raise CheckpointError(
+            f"{folder}: its checkpoints hold other weights than those that learn here; was a library"
+            " changed? Give another --out, or delete the folder"
+        )
+    # The attempt before may have been stopped while it forgot them.
+    forget(folder, checkpoint.step, keep)
     learner.optimizer.restore(checkpoint.weights, checkpoint.moments)
     learner.updates = checkpoint.state["updates"]
     source.restore(checkpoint.state["source"])
