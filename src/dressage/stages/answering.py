@@ -154,4 +154,6 @@ def rank(config: RankConfig, folder: Path, console: Console | None) -> None:
         ]
         if console:
             console.print(f"  {len(lines)} rankings by the SIMULATED annotator ({annotator.name})")
+    if not lines:
+        raise DataError(f"{config.rankings or config.answers}: no ranking is left: no answer is preferred to another")
     write_lines(folder / RANKINGS, lines)

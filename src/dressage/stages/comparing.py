@@ -28,6 +28,8 @@ def reward_accuracy(role: Role, train: Sequence[EncodedRanking], heldout: Sequen
     """How often held-out pairs are ordered rightly, with its interval, beside a judge that sees only length."""
     scores = score_rows(role, [answer.tokens for row in heldout for answer in row.answers]).tolist()
     right, pairs = ordered_pairs(scores, *_ranks(heldout))
+    if not pairs:
+        raise DataError("held-out rankings: every one is a tie, so there is no pair to order; hold out others")
     # Pairs of one prompt are not independent: the interval counts prompts.
     low, high = accuracy_interval(right / pairs * len(heldout), len(heldout))
     found: dict[str, Any] = {
