@@ -102,7 +102,10 @@ def build_template(model: ModelConfig) -> ChatTemplate:
         raise ModelError(f"{model.name}: the tokenizer has {words} tokens, the model {known}: they are of two")
     if source is None and not tokenizer.chat_template and reads_both_ways(shape):
         source = READER
-    return ChatTemplate.of(tokenizer, system=model.system, thinking=model.thinking, template=source)
+    try:
+        return ChatTemplate.of(tokenizer, system=model.system, thinking=model.thinking, template=source)
+    except ModelError as error:
+        raise ModelError(f"{model.name}: {error}") from error
 
 
 def build_rows(kind: Records, data: DataConfig, template: ChatTemplate, seed: int) -> Rows:

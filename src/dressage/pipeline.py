@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -38,14 +39,14 @@ def run_stage(name: str, config: Settings, folder: Path, work: RunStage) -> Stat
     An interrupted stage of the same settings and inputs goes on from its checkpoint; one of other settings or inputs is
     moved aside to NAME.old-K, never deleted. CheckpointError if another process works in the folder.
     """
+    if not (folder / MANIFEST).exists() and (foreign := _foreign(folder)):
+        raise CheckpointError(f"{folder}: holds {foreign}, which no run wrote; give a new or an empty folder")
     with locked(folder):
         identity = {"settings": result_settings(config), "inputs": inputs_of(config)}
         old = _read(folder / MANIFEST)
         same = old is not None and all(old.get(key) == value for key, value in identity.items())
         if old is not None and same and old["status"] == "done" and old.get("outputs") == outputs_of(folder):
             return "skipped"
-        if old is None and (foreign := _foreign(folder)):
-            raise CheckpointError(f"{folder}: holds {foreign}, which no run wrote; give a new or an empty folder")
         if old is not None and not same:
             _move_aside(folder)
         manifest = identity | {
@@ -145,7 +146,8 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def versions() -> dict[str, str]:
+@cache
+def versions() -> Mapping[str, str]:
     """Of Python, the machine and the libraries that decide numbers."""
     found = {"python": platform.python_version(), "machine": platform.machine(), "system": platform.system()}
     for library in LIBRARIES:
@@ -219,7 +221,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def _foreign(folder: Path) -> str | None:
     """What lies in a folder that no run began in: it would be taken for a product, and moved with the next run's."""
-    names = (path.name for path in sorted(folder.iterdir()))
+    names = (path.name for path in sorted(folder.iterdir() if folder.is_dir() else ()))
     return next((name for name in names if name not in (*NOT_PRODUCTS, NOTES) and not name.startswith(".")), None)
 
 

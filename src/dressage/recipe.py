@@ -22,10 +22,10 @@ LINES = 2
 SCALARS = {"str": "a text", "int": "a whole number", "float": "a number", "bool": "true or false"}
 """Members of a union of plain values, as pydantic names them in the place of an error."""
 SAID = {
-    "greater_than_equal": "must be at least {ge}",
-    "greater_than": "must be above {gt}",
-    "less_than_equal": "must be at most {le}",
-    "less_than": "must be below {lt}",
+    "greater_than_equal": "must be at least {ge:g}",
+    "greater_than": "must be above {gt:g}",
+    "less_than_equal": "must be at most {le:g}",
+    "less_than": "must be below {lt:g}",
     "finite_number": "must be a finite number",
     "int_type": "must be a whole number",
     "int_parsing": "must be a whole number",

@@ -26,6 +26,8 @@ class Case:
     """What is done to the folder first."""
     theirs: bool = False
     """The message ends in a library's words, which change with its version."""
+    changes: tuple[str, ...] = ()
+    """Files in which it is written that the command was tried."""
 
 
 def lines(*rows: object) -> bytes:

@@ -37,7 +37,7 @@ def _third(wrong: str, row: object, *names: str, good: object = GOOD[0], command
 
 def _whole(wrong: str, content: Content, *names: str, command: str = SFT, name: str = "data.jsonl") -> Case:
     """A file that is wrong as a whole."""
-    return Case(wrong, command.format(name), (name, *names), {name: content})
+    return Case(wrong, command.format(name), (name, *names) if "regression" not in command else names, {name: content})
 
 
 def _demonstration(wrong: str, row: object, *names: str) -> Case:
@@ -102,7 +102,7 @@ CASES = (
     Case("a folder in the place of a file", SFT.format("tiny"), ("tiny", "folder", "give one file")),
     Case("a device in the place of a file", SFT.format("/dev/zero"), ("/dev/zero", "file")),
     Case("the home of nobody", SFT.format("~nobody-there/data.jsonl"), ("~nobody-there/data.jsonl", "no such file")),
-    Case("a file name of 300 letters", SFT.format("x" * 300 + ".jsonl"), ("xxx.jsonl", "no such file")),
+    Case("a file name of 300 letters", SFT.format("x" * 300 + ".jsonl"), ("xxx", "no such file")),
     Case("a file name with a zero byte", "sft model.name=tiny 'data.sources=[\"a\\\\0b.jsonl\"]' --out out", ("b.jsonl", "no such file")),
     Case("a material that is not shipped", SFT.format("'material:demos.jsonl'"), ("demos.jsonl", "demonstrations.jsonl")),
     Case("a way out of the shipped material", SFT.format("'material:../config.py'"), ("config.py", "ships")),
@@ -150,10 +150,10 @@ CASES = (
     _whole("nothing but null", "null\nnull\n", "neither"),
     _whole("brackets nested too deep", "[" * 5000, "not valid JSON"),
     _whole("objects nested too deep", '{"a":' * 5000, "not valid JSON"),
-    _whole("columns nobody knows", lines({"promt": "Hello", "anser": "Hi"}), "promt", "nearest", "completion"),
+    _whole("columns nobody knows", lines({"promt": "Hello", "anser": "Hi"}), "promt", "nearest", "prompt"),
     _whole("columns in capitals", lines({"Prompt": "Hello", "Completion": "Hi"}), "Prompt", "also needs completion, prompt"),
     _whole("columns in Chinese", lines({"问题": "你好", "回答": "好"}), "问题"),
-    _whole("a thousand columns", lines({f"column {n}": n for n in range(1000)}), "columns", "more"),
+    _whole("a thousand columns", lines({f"column {n}": n for n in range(1000)}), "columns", "988 more"),
     _whole("columns that would colour the terminal", lines({"\x1b[31mred": 1, "a\nb": 2}), "red"),
     _whole("prompts where answers are wanted", lines({"prompt": "Hello"}), "has no demonstrations", "completion"),
     _whole("rankings where demonstrations are wanted", lines(RANKED), "Dressage rankings", "demonstrations"),
@@ -232,7 +232,7 @@ CASES = (
     _ranking("a rank below 0", _with(RANKED, ranks=[-1, 0]), "from 0"),
     _ranking("ranks in an object", _with(RANKED, ranks={"Hi": 0}), "ranks is an object"),
     _ranking("answers in one text", _with(RANKED, answers="Hi / Go"), "answers is text"),
-    _ranking("an answer that is a number", _with(RANKED, answers=["Hi", 2]), "answer is a number"),
+    _ranking("a ranked answer that is a number", _with(RANKED, answers=["Hi", 2]), "answer is a number"),
     _ranking("a mark of the end that is a text", _with(RANKED, finished=["yes", "no"]), "finished"),
     _ranking("too few marks of the end", _with(RANKED, finished=[True]), "finished"),
     _ranking("a grade that is NaN", '{"prompt": "Hello", "answers": ["a", "b"], "ranks": [0, 1], "grades": [NaN, 1]}', "finite number"),
@@ -256,7 +256,7 @@ CASES = (
     _ranking("dialogues that end with the user", {"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c", "rejected": "\n\nHuman: a\n\nAssistant: b\n\nHuman: d"}, "assistant's turn", good=HH),
     _ranking("an annotator's vote that is unknown", _with(PANDALM, annotator2=7), "label that is none of 0, 1, 2", good=PANDALM),
     _ranking("a label that is unknown", _with(AUTOJ, label=3), "label that is none of 0, 1, 2", good=AUTOJ),
-    _ranking("a label that is true", _with(AUTOJ, label=True), "label that is none of 0, 1, 2", good=AUTOJ),
+    _ranking("a judge's label that is true", _with(AUTOJ, label=True), "label that is none of 0, 1, 2", good=AUTOJ),
     _ranking("a label that is a list", _with(AUTOJ, label=[0]), "label that is none of 0, 1, 2", good=AUTOJ),
     _ranking("solutions not marked right or wrong", _with(GSM8K, **{"6b_finetuning": {"solution": "x"}}), "is_correct", good=GSM8K),
     _ranking("a solution that is a text", _with(GSM8K, **{"6b_finetuning": "x"}), "6b_finetuning is text", good=GSM8K),
@@ -270,8 +270,8 @@ CASES = (
     _whole("rankings whose answers are all the same", lines(_with(RANKED, answers=["Hi", "Hi"])), "no ranking is left", command=RANK),
     _whole("rankings that are all ties, to learn a reward from", lines(*(_with(RANKED, prompt=f"Q{n}", ranks=[0, 0]) for n in range(6))), "tie", command="reward model.name=tiny data.sources=[{}] training.steps=1 --out out"),
     _whole("rankings that are all ties, to learn a policy from", lines(*(_with(RANKED, prompt=f"Q{n}", ranks=[0, 0]) for n in range(6))), "tie", command="dpo model.name=tiny data.sources=[{}] training.steps=1 --out out"),
-    _whole("grades that are all the same, to learn by regression", lines(*(_with(RANKED, prompt=f"Q{n}", grades=[3, 3]) for n in range(6))), "same grade", command="reward loss=regression model.name=tiny data.sources=[{}] training.steps=1 --out out"),
-    _whole("rankings without grades, to learn by regression", lines(*(_with(RANKED, prompt=f"Q{n}") for n in range(6))), "no grades", command="reward loss=regression model.name=tiny data.sources=[{}] training.steps=1 --out out"),
+    _whole("grades that are all the same, to learn by regression", lines(*(_with(RANKED, prompt=f"Q{n}", grades=[3, 3]) for n in range(6))), "loss=regression", "same grade", command="reward loss=regression model.name=tiny data.sources=[{}] training.steps=1 --out out"),
+    _whole("rankings without grades, to learn by regression", lines(*(_with(RANKED, prompt=f"Q{n}") for n in range(6))), "loss=regression", "no grades", command="reward loss=regression model.name=tiny data.sources=[{}] training.steps=1 --out out"),
     _third("a thumb that is a number", GOOD[1] | {"label": 1}, "label that is not true or false", good=GOOD[0] | {"label": True}, command=KTO),
     _third("a thumb that is a text", GOOD[1] | {"label": "up"}, "label that is not true or false", good=GOOD[0] | {"label": True}, command=KTO),
     _third("a thumb that is missing", GOOD[1], "no column 'label'", good=GOOD[0] | {"label": True}, command=KTO),

@@ -15,7 +15,10 @@ DATA = {"data.jsonl": lines(*GOOD)}
 SFT = "sft model.name={} data.sources=[data.jsonl] training.steps=1 --out out"
 SAMPLE = "sample model.name={} prompts.sources=[data.jsonl] max_new_tokens=2 --out out"
 PPO = "ppo model.name=made/sft/policy prompts.sources=[data.jsonl] training.steps=1 --out out {}"
-AGAIN = "sft model.name=tiny data.sources=[made/data.jsonl] training.steps=3 training.checkpoint_every=1 --out made/sft"
+AGAIN = (
+    "sft model.name=tiny data.sources=[made/data.jsonl] data.heldout_fraction=0 lora.rank=2 lora.alpha=4"
+    " training.batch_size=2 training.steps=3 training.checkpoint_every=1 --out made/sft"
+)
 Damage = Callable[[Path], object]
 
 
@@ -32,7 +35,7 @@ def _model(wrong: str, damage: Damage, *names: str, command: str = SFT, theirs: 
 def _made(wrong: str, path: str, damage: Damage, *names: str, command: str = SAMPLE, theirs: bool = False) -> Case:
     """Something that a stage made, damaged afterwards."""
     said = command.format("made/sft/policy")
-    return Case(wrong, said, (Path(path).name, *names), DATA, lambda place: damage(place / path), theirs)
+    return Case(wrong, said, names or (path,), DATA, lambda place: damage(place / path), theirs)
 
 
 def edited(file: str, **changes: Any) -> Damage:
@@ -119,15 +122,28 @@ ADAPTER = f"{POLICY}/adapter_config.json"
 TENSORS = f"{POLICY}/adapter_model.safetensors"
 ROLE = f"{POLICY}/role.json"
 SCORED = PPO.format("reward_model=made/reward/reward")
-CHECKPOINTS = "made/sft/checkpoints"
-NEWEST = f"{CHECKPOINTS}/step-000003"
+
+
+
+def _checkpoints(wrong: str, damage: Damage, *names: str, command: str = AGAIN) -> Case:
+    """An interrupted run whose checkpoints are all damaged in one way."""
+
+    def before(place: Path) -> None:
+        edited("", status="interrupted")(place / "made/sft/stage.json")
+        for folder in sorted((place / "made/sft/checkpoints").iterdir()):
+            damage(folder)
+
+    # The run is told in its manifest to have been tried again.
+    changes = tuple(f"made/sft/{name}" for name in ("stage.json", "data.json"))
+    return Case(wrong, command, ("made/sft", *names), DATA, before, changes=changes)
+
 
 CASES = (
     Case("a model that is not there", SFT.format("./absent"), ("./absent", "no such model folder"), DATA),
     Case("a model deep in folders that are not there", SFT.format("runs/sft/policy"), ("runs/sft/policy", "no such model folder"), DATA),
     Case("a model of the hub, offline", SFT.format("nobody/has-this-model"), ("nobody/has-this-model",), DATA, theirs=True),
     Case("a name that no model can have", SFT.format("'a model?'"), ("a model?",), DATA, theirs=True),
-    Case("a model's name with a zero byte", "sft 'model.name=\"a\\\\0b\"' data.sources=[data.jsonl] --out out", ("model",), DATA, theirs=True),
+    Case("a model's name with a zero byte", "sft 'model.name=\"a\\\\0b\"' data.sources=[data.jsonl] --out out", ("a", "tokenizer"), DATA, theirs=True),
     Case("an empty folder for a model", SFT.format("nothing"), ("nothing", "holds no model", "config.json"), DATA, lambda place: (place / "nothing").mkdir()),
     Case("a file for a model", SFT.format("tiny/model.safetensors"), ("tiny/model.safetensors",), DATA, theirs=True),
     # --- configuration
@@ -139,9 +155,8 @@ CASES = (
     _model("a width that is a text", edited("config.json", hidden_size="wide"), "hidden_size", theirs=True),
     _model("a width that the weights have not", edited("config.json", hidden_size=64), "model", theirs=True),
     _model("a layer more than the weights have", edited("config.json", num_hidden_layers=3), "model", "weights", "model.layers.2"),
-    _model("no layers", edited("config.json", num_hidden_layers=0), "model"),
     _model("heads that do not divide the width", edited("config.json", num_attention_heads=5), "model", theirs=True),
-    _model("a model that brings code", _remote_code, "model", "trust_remote_code", theirs=True),
+    _model("a model that brings code", _remote_code, "brings code", "model.trust_remote_code=true"),
     # --- weights
     _model("no weights", _removed("model.safetensors"), "safetensors", theirs=True),
     _model("weights that end early", lambda f: _halved(f / "model.safetensors"), "model", "weights", theirs=True),
@@ -166,24 +181,24 @@ CASES = (
     _model("a template that reaches outside", _template("{{ messages.__class__.__mro__[1].__subclasses__() }}"), "chat template"),
     _model("a template that shows no answers", _template("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"), "chat template"),
     _model("a template that turns the order round", _template("{% for m in messages[::-1] %}{{ m.content }}<|im_end|>{% endfor %}"), "chat template"),
-    _model("a template of the settings with a fault", lambda f: None, "chat template", command="sft model.name={} model.chat_template="'{{% bad'" data.sources=[data.jsonl] --out out"),
+    _model("a template of the settings with a fault", lambda f: None, "chat template", command="sft model.name={} 'model.chat_template=\"{{% bad\"' data.sources=[data.jsonl] --out out"),
     _model("a thinking mode that the template has not", lambda f: None, "thinking", command="sft model.name={} model.thinking=true data.sources=[data.jsonl] --out out"),
     _model("an answer longer than the model can hold", edited("config.json", max_position_embeddings=16), "16 positions", "max_new_tokens", command=SAMPLE),
     # --- adapters
     _made("an adapter's weights that are missing", TENSORS, Path.unlink, "is missing"),
     _made("an adapter's weights that end early", TENSORS, _halved, "is damaged"),
     _made("an adapter's weights that are empty", TENSORS, _written(b""), "is damaged"),
-    _made("an adapter without one of its matrices", TENSORS, _weights(lambda t: t.pop(sorted(t)[0])), ),
-    _made("an adapter with a matrix too many", TENSORS, _weights(lambda t: t.update(more=t[sorted(t)[0]].clone()))),
-    _made("an adapter of other shapes", TENSORS, _weights(lambda t: t.update({k: v[:1].clone() for k, v in t.items()}))),
-    _made("an adapter that is not numbers (NaN)", TENSORS, _weights(lambda t: [v.fill_(float("nan")) for v in t.values()])),
+    _made("an adapter without one of its matrices", TENSORS, _weights(lambda t: t.pop(sorted(t)[0])), POLICY, "does not fit"),
+    _made("an adapter with a matrix too many", TENSORS, _weights(lambda t: t.update(more=t[sorted(t)[0]].clone())), POLICY, "does not fit", "more"),
+    _made("an adapter of other shapes", TENSORS, _weights(lambda t: t.update({k: v[:1].clone() for k, v in t.items()})), POLICY, "(1, 32), not (2, 32)"),
+    _made("an adapter that is not numbers (NaN)", TENSORS, _weights(lambda t: [v.fill_(float("nan")) for v in t.values()]), TENSORS, "not finite"),
     _made("an adapter's settings that are no JSON", ADAPTER, _written(b"{"), "not an adapter configuration"),
     _made("an adapter's settings in bytes", ADAPTER, _written(b"\xff"), "not an adapter configuration"),
     _made("an adapter's settings that are a list", ADAPTER, _written(b"[]"), "not an adapter configuration"),
     _made("an adapter that names no base", ADAPTER, edited("", base_model_name_or_path=None), "base_model_name_or_path"),
     _made("an adapter whose base is gone", ADAPTER, edited("", base_model_name_or_path="../../../gone/away"), "gone/away", "no such model"),
-    _made("an adapter that is its own base", ADAPTER, edited("", base_model_name_or_path="."), "names itself"),
-    Case("two adapters that are each other's base", SFT.format("one"), ("one", "each other"), DATA, _circle),
+    _made("an adapter that is its own base", ADAPTER, edited("", base_model_name_or_path="."), "is its own base"),
+    Case("two adapters that are each other's base", SFT.format("one"), ("one/adapter_config.json", "is its own base"), DATA, _circle),
     _made("an adapter of another kind (peft)", POLICY, lambda f: (edited("adapter_config.json", peft_type="PROMPT_TUNING", r=...)(f), (f / "role.json").unlink()), "adapter_config.json", "LORA"),
     _made("an adapter scaled in another way (rsLoRA)", POLICY, lambda f: (edited("adapter_config.json", use_rslora=True)(f), (f / "role.json").unlink()), "adapter_config.json", "use_rslora"),
     _made("an adapter of various ranks", POLICY, lambda f: (edited("adapter_config.json", alpha_pattern={"q_proj": 3})(f), (f / "role.json").unlink()), "adapter_config.json", "alpha_pattern"),
@@ -208,7 +223,7 @@ CASES = (
     _made("a reward model that reads in an unknown way", f"{REWARD}/role.json", edited("", pooling="max"), "is damaged", command=SCORED),
     _made("a reward model without its head", f"{REWARD}/head.safetensors", Path.unlink, "is missing", command=SCORED),
     _made("a head that ends early", f"{REWARD}/head.safetensors", _halved, "is damaged", command=SCORED),
-    _made("a head of another width", f"{REWARD}/head.safetensors", _weights(lambda t: t.update({k: v[..., :1].clone() for k, v in t.items()})), "no scalar head of width 32", command=SCORED),
+    _made("a head of another width", f"{REWARD}/head.safetensors", _weights(lambda t: t.update({k: v[..., :8].clone() if v.dim() else v for k, v in t.items()})), "no scalar head of width 32", command=SCORED),
     _made("a head that is not numbers (NaN)", f"{REWARD}/head.safetensors", _weights(lambda t: [v.fill_(float("nan")) for v in t.values()]), "not finite", command=SCORED),
     Case("a critic with other words than the policy's", PPO.format("reward_model=made/reward/reward value.start=base value.model.name=./other value.lora.rank=2"), ("value.model.name=./other", "another tokenizer"), DATA, lambda place: _other_words(place)),
     Case("a reward to go on from that is not there", "reward model.name=tiny data.sources=[made/rankings.jsonl] start=./absent --out out", ("absent", "no reward model here")),
@@ -217,16 +232,18 @@ CASES = (
     Case("a depth that the model has not", "reward model.name=tiny data.sources=[made/rankings.jsonl] depth=9 --out out", ("depth=9", "2 layers")),
     Case("answers to normalise on that are not there", "reward model.name=tiny data.sources=[made/rankings.jsonl] normalise_on=absent.jsonl --out out", ("absent.jsonl", "dressage sample")),
     # --- checkpoints and run folders
-    _made("checkpoints that are all damaged", CHECKPOINTS, lambda f: [_halved(one / "weights.safetensors") for one in f.iterdir()], "every checkpoint is damaged", command=AGAIN),
-    _made("checkpoints that are all without a manifest", CHECKPOINTS, lambda f: [(one / "manifest.json").unlink() for one in f.iterdir()], "every checkpoint is damaged", command=AGAIN),
-    _made("checkpoints whose states are missing", CHECKPOINTS, lambda f: [(one / "state.json").unlink() for one in f.iterdir()], "every checkpoint is damaged", command=AGAIN),
-    _made("checkpoints whose states were edited", CHECKPOINTS, lambda f: [edited("state.json", step=1)(one) for one in f.iterdir()], "every checkpoint is damaged", command=AGAIN),
-    _made("checkpoints whose moments are empty", CHECKPOINTS, lambda f: [(one / "moments.safetensors").write_bytes(b"") for one in f.iterdir()], "every checkpoint is damaged", command=AGAIN),
-    _made("checkpoints of a run with other settings", CHECKPOINTS, lambda f: (f.parent / "stage.json").unlink(), "other settings", command=AGAIN.replace("training.steps=3", "training.steps=4")),
+    _checkpoints("checkpoints that end early", lambda f: _halved(f / "weights.safetensors"), "every checkpoint is damaged"),
+    _checkpoints("checkpoints without manifests", _removed("manifest.json"), "every checkpoint is damaged"),
+    _checkpoints("checkpoints whose manifests are no JSON", _file("manifest.json", b"{"), "every checkpoint is damaged"),
+    _checkpoints("checkpoints without states", _removed("state.json"), "every checkpoint is damaged"),
+    _checkpoints("checkpoints whose states were edited", edited("state.json", step=1), "every checkpoint is damaged"),
+    _checkpoints("checkpoints without moments", _removed("moments.safetensors"), "every checkpoint is damaged"),
+    _checkpoints("checkpoints whose moments are empty", _file("moments.safetensors", b""), "every checkpoint is damaged"),
+    _made("a run whose manifest is gone", "made/sft/stage.json", Path.unlink, "made/sft", "holds policy", command=AGAIN),
     _made("a manifest of a stage that is no JSON", "made/sft/stage.json", _written(b"{"), "is damaged", "made/sft", command=AGAIN),
     _made("a manifest of a stage in bytes", "made/sft/stage.json", _written(b"\xff"), "is damaged", command=AGAIN),
     _made("a manifest of a stage that is a list", "made/sft/stage.json", _written(b"[]"), "is damaged", command=AGAIN),
-    _made("a folder that is another's", "made/sft", lambda f: (shutil.rmtree(f), f.mkdir(), (f / "thesis.tex").write_text("mine")), command=AGAIN),
+    _made("a folder that is another's", "made/sft", lambda f: (shutil.rmtree(f), f.mkdir(), (f / "thesis.tex").write_text("mine")), "thesis.tex", "no run wrote", command=AGAIN),
 )
 
 

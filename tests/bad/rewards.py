@@ -32,21 +32,25 @@ RL = (
     " rewards.mine={} --out out"
 )
 
+ELSEWHERE = ("ensemble", "classifier")
+"""Parts that name their models instead."""
+
 
 def _part(wrong: str, names: tuple[str, ...], **settings: object) -> Case:
-    return Case(wrong, RL.format("'" + json.dumps(settings) + "'"), ("rewards.mine", *names), FILES)
+    at = () if settings.get("type") in ELSEWHERE or isinstance(settings.get("model"), dict) else ("rewards.mine",)
+    return Case(wrong, RL.format("'" + json.dumps(settings) + "'"), (*at, *names), FILES)
 
 
 def _function(wrong: str, function: str, *names: str, **settings: object) -> Case:
-    return _part(wrong, (function.rpartition(":")[0] or function, *names), type="function", function=function, **settings)
+    return _part(wrong, names, type="function", function=function, **settings)
 
 
 def _server(wrong: str, path: str, *names: str) -> Case:
-    return _part(wrong, (path, *names), type="remote", url=f"http://SERVER{path}", timeout_seconds=0.4)
+    return _part(wrong, names, type="remote", url=f"http://SERVER{path}", timeout_seconds=0.4)
 
 
 def _judge(wrong: str, path: str, *names: str, **settings: object) -> Case:
-    return _part(wrong, (path, *names), type="judge", url=f"http://SERVER{path}", timeout_seconds=0.4, **settings)
+    return _part(wrong, names, type="judge", url=f"http://SERVER{path}", timeout_seconds=0.4, **settings)
 
 
 CASES = (
@@ -58,8 +62,8 @@ CASES = (
     Case("a part's name with a space", RL.replace("rewards.mine", "'rewards.my part'").format('\'{"type": "number"}\''), ("rewards.my part", "letters"), FILES),
     Case("parts in a list", RL.replace("rewards.mine", "rewards").format("[number]"), ("rewards", "section"), FILES),
     # --- functions
-    _function("a function without a name", "mine.py", "function"),
-    _function("a file that is not there", "absent.py:right", "absent.py"),
+    _function("a function without a name", "mine.py", "function", "package.module:name"),
+    _function("a function's file that is not there", "absent.py:right", "absent.py"),
     _function("a package that is not there", "no.such.package:right", "No module named"),
     _function("a function that is not there", "mine.py:wrong", "wrong"),
     _function("a value for a function", "mine.py:NOTHING", "no function"),
@@ -78,7 +82,6 @@ CASES = (
     _function("a function that has no time", "mine.py:right", "timeout_seconds", timeout_seconds=0),
     # --- rules
     _part("a pattern that is none", ("pattern", "not a regular expression"), type="pattern", pattern="(a"),
-    _part("a pattern of 200,000 letters", ("rewards.mine",), type="pattern", pattern="a" * 200_000),
     _part("lengths upside down", ("low=9", "high=3"), type="length", low=9, high=3),
     _part("a length below 0", ("low", "at least 0"), type="length", low=-1, high=3),
     _part("a length in letters", ("unit", "characters"), type="length", high=3, unit="letters"),
@@ -93,18 +96,18 @@ CASES = (
     _part("a server of another kind (file)", ("url",), type="remote", url="file:///etc/passwd"),
     _part("a server of another kind (ftp)", ("url",), type="remote", url="ftp://example.com/x"),
     _part("a server with a secret in its address", ("url",), type="remote", url="http://me:secret@example.com/"),
-    _part("a server at no port", ("url", "port"), type="remote", url="http://127.0.0.1:99999/x"),
-    _part("a server at a port of letters", ("url", "port"), type="remote", url="http://127.0.0.1:http/x"),
-    _part("a server at half an address", ("url",), type="remote", url="http://[::1/x"),
+    _part("a server at no port", ("url", "Port"), type="remote", url="http://127.0.0.1:99999/x"),
+    _part("a server at a port of letters", ("url", "Port"), type="remote", url="http://127.0.0.1:http/x"),
+    _part("a server at half an address", ("url", "not a URL"), type="remote", url="http://[::1/x"),
     _part("a server's address with a line break", ("url",), type="remote", url="http://127.0.0.1/a\r\nX-Evil: 1"),
     _part("a server's address in Chinese", ("url", "%E4"), type="remote", url="http://127.0.0.1:9/评分", timeout_seconds=0.3),
     _part("a server that is not there", ("127.0.0.1:9",), type="remote", url="http://127.0.0.1:9/score", timeout_seconds=0.3),
-    _server("a server that fails", "/500", "HTTP 500"),
+    _server("a server that fails", "/500", "SERVER/500", "HTTP 500"),
     _server("a server that refuses", "/403", "HTTP 403"),
     _server("a server that knows no such page", "/404", "HTTP 404"),
-    _server("a server that sends elsewhere", "/redirect", "HTTP 302"),
+    _server("a server that sends elsewhere", "/redirect", "SERVER/redirect", "HTTP 302", "elsewhere"),
     _server("a server that is busy", "/429", "HTTP 429"),
-    _server("a server that speaks no JSON", "/text", "not JSON"),
+    _server("a server that speaks no JSON", "/text", "SERVER/text", "not JSON"),
     _server("a server that speaks bytes", "/bytes", "not JSON"),
     _server("a server that nests too deep", "/deep", "not JSON"),
     _server("a server that sends a list", "/list", "no list of rewards"),
@@ -115,8 +118,8 @@ CASES = (
     _server("a server whose rewards are null", "/null", "None", "no finite number"),
     _server("a server that sends 17 MiB", "/long", "16 MiB"),
     _server("a server that trickles", "/slow", "no answer in time"),
-    _server("a server that hangs up", "/gone", "/gone"),
-    _server("a server that speaks no HTTP", "/noise", "/noise"),
+    _server("a server that hangs up", "/gone", "SERVER/gone", "no reply in HTTP"),
+    _server("a server that speaks no HTTP", "/noise", "SERVER/noise", "no reply in HTTP"),
     # --- judges
     _judge("a judge that fails", "/500", "HTTP 500"),
     _judge("a judge that is no chat", "/list", "no chat completion"),
@@ -124,5 +127,5 @@ CASES = (
     _judge("a judge whose key has a line break", "/chat", "BROKEN_KEY", "environment variable", key_variable="BROKEN_KEY"),
     _judge("a judge whose grades go down", "", "low=9", "high=3", low=9, high=3),
     _part("a key for a judge without a server", ("key_variable",), type="judge", key_variable="NO_SUCH_KEY"),
-    _part("a judge that is not there", ("absent",), type="judge", model={"name": "./absent"}),
+    _part("a judge whose model is not there", ("absent",), type="judge", model={"name": "./absent"}),
 )

@@ -27,6 +27,7 @@ Kind = Literal["demonstrations", "rankings", "ratings", "prompts"]
 
 _PROBED_ROWS = 100
 _SHOWN_COLUMNS = 12
+_COMPARED_COLUMNS = 50
 
 
 @dataclass(frozen=True)
@@ -154,8 +155,9 @@ def _recognise(source: str, kind: Kind, head: list[object]) -> Format:
     if form is not None and getattr(form, kind) is not None:
         return form
     names = Counter(columns).most_common(1)[0][0]
+    compared = sorted(names)[:_COMPARED_COLUMNS]
     known = "are no known format" if form is None else f"are '{form.name}', which has no {kind}"
-    nearest = max((form for form in FORMATS if getattr(form, kind)), key=lambda form: _likeness(form, names))
+    nearest = max((form for form in FORMATS if getattr(form, kind)), key=lambda form: _likeness(form, compared))
     raise DataError(
         f"{source}: columns {_list(names)} {known}; the nearest that has {kind}, '{nearest.name}', "
         f"also needs {_list(nearest.columns - names)}"

@@ -141,6 +141,10 @@ def model_shape(config: ModelConfig) -> Any:
     try:
         return AutoConfig.from_pretrained(base, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # what is damaged breaks the library in any way
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"{config.name}: brings code of its own, which is not run; model.trust_remote_code=true runs it"
+            ) from error
         raise ModelError(f"{config.name}: no model could be found: {_in_a_line(error)}") from error
 
 
