@@ -23,8 +23,8 @@ folder lies there as before. A traceback without `--debug` is a fault of Dressag
 | 3 | a stage stopped itself because its numbers say that it does harm (`health.on_alarm`); its checkpoints stay |
 | 130 | interrupted (Ctrl-C); the same command goes on from the last checkpoint |
 
-Below, every wrong command that the tests try ([tests/bad](../tests/bad)), and what is said of it. Made by `make docs`; a
-test compares. SERVER is a server's address; what a library says may be worded otherwise by its other versions.
+Below, every wrong command that the tests try ([tests/bad](../tests/bad)), and what is said of it. Made by `make docs`;
+a test compares. SERVER is a server's address; what a library says may be worded otherwise by its other versions.
 """
 
 

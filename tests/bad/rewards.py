@@ -58,8 +58,18 @@ CASES = (
     _part("a part of an unknown type", ("type", "'verifier'"), type="verifier"),
     _part("a part with a slip", ("wieght", "did you mean weight?"), type="number", wieght=2),
     _part("a weight that is a word", ("weight", "'much'"), type="number", weight="much"),
-    Case("a weight without end", RL.format('\'{"type": "number", "weight": .inf}\''), ("rewards.mine.weight", "finite"), FILES),
-    Case("a part's name with a space", RL.replace("rewards.mine", "'rewards.my part'").format('\'{"type": "number"}\''), ("rewards.my part", "letters"), FILES),
+    Case(
+        "a weight without end",
+        RL.format('\'{"type": "number", "weight": .inf}\''),
+        ("rewards.mine.weight", "finite"),
+        FILES,
+    ),
+    Case(
+        "a part's name with a space",
+        RL.replace("rewards.mine", "'rewards.my part'").format('\'{"type": "number"}\''),
+        ("rewards.my part", "letters"),
+        FILES,
+    ),
     Case("parts in a list", RL.replace("rewards.mine", "rewards").format("[number]"), ("rewards", "section"), FILES),
     # --- functions
     _function("a function without a name", "mine.py", "function", "package.module:name"),
@@ -89,8 +99,16 @@ CASES = (
     _part("an ensemble of nobody", ("absent",), type="ensemble", folders=["made/reward/reward", "./absent"]),
     _part("a classifier that is not there", ("./absent",), type="classifier", model="./absent", label="good"),
     _part("a classifier with a class that is a list", ("label",), type="classifier", model="tiny", label=["good"]),
-    _part("a classifier without the class", ("tiny", "'good'", "LABEL_0"), type="classifier", model="tiny", label="good"),
-    _part("a classifier whose head nobody trained", ("tiny", "weights", "score"), type="classifier", model="tiny", label="LABEL_1"),
+    _part(
+        "a classifier without the class", ("tiny", "'good'", "LABEL_0"), type="classifier", model="tiny", label="good"
+    ),
+    _part(
+        "a classifier whose head nobody trained",
+        ("tiny", "weights", "score"),
+        type="classifier",
+        model="tiny",
+        label="LABEL_1",
+    ),
     # --- servers
     _part("a server without http", ("url",), type="remote", url="127.0.0.1:8000"),
     _part("a server of another kind (file)", ("url",), type="remote", url="file:///etc/passwd"),
@@ -100,8 +118,20 @@ CASES = (
     _part("a server at a port of letters", ("url", "Port"), type="remote", url="http://127.0.0.1:http/x"),
     _part("a server at half an address", ("url", "not a URL"), type="remote", url="http://[::1/x"),
     _part("a server's address with a line break", ("url",), type="remote", url="http://127.0.0.1/a\r\nX-Evil: 1"),
-    _part("a server's address in Chinese", ("url", "%E4"), type="remote", url="http://127.0.0.1:9/评分", timeout_seconds=0.3),
-    _part("a server that is not there", ("127.0.0.1:9",), type="remote", url="http://127.0.0.1:9/score", timeout_seconds=0.3),
+    _part(
+        "a server's address in Chinese",
+        ("url", "%E4"),
+        type="remote",
+        url="http://127.0.0.1:9/评分",
+        timeout_seconds=0.3,
+    ),
+    _part(
+        "a server that is not there",
+        ("127.0.0.1:9",),
+        type="remote",
+        url="http://127.0.0.1:9/score",
+        timeout_seconds=0.3,
+    ),
     _server("a server that fails", "/500", "SERVER/500", "HTTP 500"),
     _server("a server that refuses", "/403", "HTTP 403"),
     _server("a server that knows no such page", "/404", "HTTP 404"),
@@ -124,7 +154,9 @@ CASES = (
     _judge("a judge that fails", "/500", "HTTP 500"),
     _judge("a judge that is no chat", "/list", "no chat completion"),
     _judge("a judge whose key is not set", "/chat", "NO_SUCH_KEY", "environment variable", key_variable="NO_SUCH_KEY"),
-    _judge("a judge whose key has a line break", "/chat", "BROKEN_KEY", "environment variable", key_variable="BROKEN_KEY"),
+    _judge(
+        "a judge whose key has a line break", "/chat", "BROKEN_KEY", "environment variable", key_variable="BROKEN_KEY"
+    ),
     _judge("a judge whose grades go down", "", "low=9", "high=3", low=9, high=3),
     _part("a key for a judge without a server", ("key_variable",), type="judge", key_variable="NO_SUCH_KEY"),
     _part("a judge whose model is not there", ("absent",), type="judge", model={"name": "./absent"}),

@@ -56,7 +56,9 @@ def standardised(
     """
     bare = sum(not row.grades for row in (*train, *heldout))
     if bare:
-        raise DataError(f"loss=regression: {bare} rankings have no grades; give them grades, or set data.merge=bradley_terry")
+        raise DataError(
+            f"loss=regression: {bare} rankings have no grades; give them grades, or set data.merge=bradley_terry"
+        )
     grades = [grade for row in train for grade in row.grades]
     mean, deviation = fmean(grades), pstdev(grades)
     if deviation == 0:
