@@ -175,14 +175,11 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         """Refuses an alias: a few lines of them can stand for more than any memory holds."""
         if self.check_event(yaml.AliasEvent):
+            where = self.get_event().start_mark
             raise yaml.composer.ComposerError(
-                None, None, "an alias; write the settings out, or take over a recipe by `extends`", self.mark()
+                None, None, "an alias; write the settings out, or take over a recipe by `extends`", where
             )
         return super().compose_node(parent, index)
-
-    def mark(self) -> Any:
-        """Where the next event stands."""
-        return self.peek_event().start_mark
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         """Refuses a key that stands there twice: the first would be lost without a word."""

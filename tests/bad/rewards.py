@@ -45,8 +45,8 @@ def _function(wrong: str, function: str, *names: str, **settings: object) -> Cas
     return _part(wrong, names, type="function", function=function, **settings)
 
 
-def _server(wrong: str, path: str, *names: str) -> Case:
-    return _part(wrong, names, type="remote", url=f"http://SERVER{path}", timeout_seconds=0.4)
+def _server(wrong: str, path: str, *names: str, seconds: float = 0.4) -> Case:
+    return _part(wrong, names, type="remote", url=f"http://SERVER{path}", timeout_seconds=seconds)
 
 
 def _judge(wrong: str, path: str, *names: str, **settings: object) -> Case:
@@ -146,7 +146,7 @@ CASES = (
     _server("a server whose rewards are words", "/words", "'good'", "no finite number"),
     _server("a server whose rewards are NaN", "/nan", "nan", "no finite number"),
     _server("a server whose rewards are null", "/null", "None", "no finite number"),
-    _server("a server that sends 17 MiB", "/long", "16 MiB"),
+    _server("a server that sends 17 MiB", "/long", "16 MiB", seconds=20),
     _server("a server that trickles", "/slow", "no answer in time"),
     _server("a server that hangs up", "/gone", "SERVER/gone", "no reply in HTTP"),
     _server("a server that speaks no HTTP", "/noise", "SERVER/noise", "no reply in HTTP"),
