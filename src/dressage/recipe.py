@@ -175,7 +175,7 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         """Refuses an alias: a few lines of them can stand for more than any memory holds."""
         if self.check_event(yaml.AliasEvent):
-            where = self.get_event().start_mark
+            where = self.get_event().start_mark  # type: ignore[no-untyped-call]
             raise yaml.composer.ComposerError(
                 None, None, "an alias; write the settings out, or take over a recipe by `extends`", where
             )
