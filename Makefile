@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test check format docs bench clean
+.PHONY: help setup quickstart test check format docs audit bench clean
 
 help: ## this text
 	@echo 'Dressage trains language models from human feedback.'
@@ -46,10 +46,16 @@ format: $(READY) ## put the code into shape
 
 docs: $(READY) ## write the pages that are made from the code
 	$(BIN)/dressage algorithms --markdown > docs/algorithms.md
+	DRESSAGE_WRITE_DOCS=1 $(BIN)/python -m pytest -q tests/bad/test_corpus.py
+
+audit: ## look for known holes in the pinned dependencies (needs the network)
+	$(PYTHON) -m venv $(VENV)-audit
+	$(VENV)-audit/bin/python -m pip install --disable-pip-version-check -q pip-audit
+	$(VENV)-audit/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt
 
 bench: $(READY) ## run the benchmarks one after the other (long)
 	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file" $(ARGS); done
 
 clean: ## remove .venv, caches and build leftovers; runs/ stays
-	rm -rf $(VENV) mutants build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-audit mutants build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -6,8 +6,9 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import Phase, settings
@@ -99,7 +100,16 @@ def dressage(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
 
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "200")
+    # Else all verbs are made anew from their functions each time.
+    monkeypatch.setattr("typer.testing._get_command", _verbs)
     return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments], prog_name="dressage")
+
+
+@cache
+def _verbs(app: Any) -> Any:
+    from typer.main import get_command
+
+    return get_command(app)
 
 
 @pytest.fixture

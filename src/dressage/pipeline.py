@@ -10,12 +10,13 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 from dressage.config import Settings
-from dressage.errors import CheckpointError, DressageError
+from dressage.errors import CheckpointError
 from dressage.monitor.memory import peak_rss_gb
 
 MANIFEST, NOTES, GATE, LOCK = "stage.json", "data.json", "gate.json", ".lock"
@@ -28,6 +29,9 @@ NOT_PRODUCTS = ("checkpoints", "tensorboard", MANIFEST, "metrics.jsonl", "sample
 # memory goes on with less at once.
 NOT_RESULTS = ("description", "checkpoint_every", "keep_checkpoints", "micro_batch_tokens", "max_batch", "health")
 
+# Settings that are words and never name a file: "." as a pattern is not this folder.
+WORDS = ("system", "chat_template", "pattern", "criteria", "label", "url", "key_variable")
+
 
 def run_stage(name: str, config: Settings, folder: Path, work: RunStage) -> Status:
     """Does one stage in `folder`, unless its manifest shows that the very same work is done.
@@ -35,11 +39,13 @@ def run_stage(name: str, config: Settings, folder: Path, work: RunStage) -> Stat
     An interrupted stage of the same settings and inputs goes on from its checkpoint; one of other settings or inputs is
     moved aside to NAME.old-K, never deleted. CheckpointError if another process works in the folder.
     """
+    if not (folder / MANIFEST).exists() and (foreign := _foreign(folder)):
+        raise CheckpointError(f"{folder}: holds {foreign}, which no run wrote; give a new or an empty folder")
     with locked(folder):
         identity = {"settings": result_settings(config), "inputs": inputs_of(config)}
         old = _read(folder / MANIFEST)
         same = old is not None and all(old.get(key) == value for key, value in identity.items())
-        if old is not None and same and old["status"] == "done" and old["outputs"] == outputs_of(folder):
+        if old is not None and same and old["status"] == "done" and old.get("outputs") == outputs_of(folder):
             return "skipped"
         if old is not None and not same:
             _move_aside(folder)
@@ -102,8 +108,9 @@ def named_paths(config: Settings) -> list[str]:
 
     def strings(value: Any) -> Iterator[str]:
         if isinstance(value, Mapping):
-            for item in value.values():
-                yield from strings(item)
+            for key, item in value.items():
+                if key not in WORDS:
+                    yield from strings(item)
         elif isinstance(value, list | tuple):
             for item in value:
                 yield from strings(item)
@@ -114,7 +121,15 @@ def named_paths(config: Settings) -> list[str]:
                 yield file
 
     named = sorted(set(strings(result_settings(config))))
-    return [name for name in named if ("/" in name or "." in name) and Path(name).exists()]
+    return [name for name in named if ("/" in name or "." in name) and _is_there(name)]
+
+
+def _is_there(name: str) -> bool:
+    try:
+        path = Path(name)
+        return path.is_file() or path.is_dir()
+    except OSError:  # a name that no file can have
+        return False
 
 
 def outputs_of(folder: Path) -> dict[str, str]:
@@ -137,7 +152,8 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def versions() -> dict[str, str]:
+@cache
+def versions() -> Mapping[str, str]:
     """Of Python, the machine and the libraries that decide numbers."""
     found = {"python": platform.python_version(), "machine": platform.machine(), "system": platform.system()}
     for library in LIBRARIES:
@@ -197,11 +213,19 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 def _read(path: Path) -> dict[str, Any] | None:
     try:
         value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict) or "status" not in value:
+            raise ValueError("no manifest of a stage")
     except FileNotFoundError:
         return None
-    except json.JSONDecodeError as error:
-        raise DressageError(f"{path}: is damaged ({error}); delete {path.parent} to do the stage anew") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is damaged ({error}); delete {path.parent} to do the stage anew") from error
     return value
+
+
+def _foreign(folder: Path) -> str | None:
+    """What lies in a folder that no run began in: it would be taken for a product, and moved with the next run's."""
+    names = (path.name for path in sorted(folder.iterdir() if folder.is_dir() else ()))
+    return next((name for name in names if name not in (*NOT_PRODUCTS, NOTES) and not name.startswith(".")), None)
 
 
 def _move_aside(folder: Path) -> None:

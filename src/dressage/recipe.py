@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -16,14 +17,59 @@ from dressage.errors import ConfigError
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
+LINES = 2
+"""Faults that are told at once."""
+SCALARS = {"str": "a text", "int": "a whole number", "float": "a number", "bool": "true or false"}
+"""Members of a union of plain values, as pydantic names them in the place of an error."""
+SAID = {
+    "greater_than_equal": "must be at least {ge:g}",
+    "greater_than": "must be above {gt:g}",
+    "less_than_equal": "must be at most {le:g}",
+    "less_than": "must be below {lt:g}",
+    "finite_number": "must be a finite number",
+    "int_type": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_parsing_size": "must be a whole number of fewer digits",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "float_parsing": "must be a number",
+    "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false",
+    "string_type": "must be a text",
+    "string_too_short": "must not be empty",
+    "literal_error": "must be {expected}",
+    "model_type": "must be a section of settings",
+    "model_attributes_type": "must be a section of settings",
+    "mapping_type": "must be a section of settings",
+    "dict_type": "must be a section of settings",
+    "tuple_type": "must be a list, as [{input}]",
+    "list_type": "must be a list, as [{input}]",
+    "too_short": "must have at least {min_length}",
+    "invalid_key": "names of settings are texts",
+}
+"""What pydantic finds, in the words of a recipe."""
+
 
 def parse(kind: type[AnySettings], raw: Mapping[str, Any], where: str) -> AnySettings:
     """Settings of this kind, or a ConfigError that names the place, the fault and the nearest known key."""
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
-        lines = [_explain(kind, item, where) for item in error.errors()[:3]]
+        lines = [_explain(kind, item, where) for item in _joined(error.errors())[:LINES]]
         raise ConfigError("\n".join(lines)) from error
+
+
+def _joined(errors: Sequence[Any]) -> list[Any]:
+    """One fault for a value that is none of a union's, and where it stands without what pydantic adds."""
+    found: dict[tuple[Any, ...], Any] = {}
+    for item in errors:
+        loc = tuple(part for part in item["loc"] if part != "[key]")
+        if loc and loc[-1] in SCALARS and item["type"].split("_")[0] in ("string", *SCALARS):
+            one = found.setdefault(loc[:-1], {**item, "loc": loc[:-1], "type": "union", "of": []})
+            one["of"].append(SCALARS[loc[-1]])
+        else:
+            found.setdefault(loc, {**item, "loc": loc})
+    return list(found.values())
 
 
 def _explain(kind: type[Settings], item: Any, where: str) -> str:
@@ -42,8 +88,17 @@ def _explain(kind: type[Settings], item: Any, where: str) -> str:
         fault = "must be set: one" if tag is None else f"{tag!r} is none"
         return f"{where}: {place}.type: {fault} of {kinds.replace(chr(39), '')}"
     message = item["msg"].removeprefix("Value error, ")
-    got = "" if item["type"] == "value_error" else f" (got {item['input']!r})"
+    if item["type"] == "union":
+        message = f"must be {' or '.join(item['of'])}"
+    elif item["type"] in SAID:
+        message = SAID[item["type"]].format(input=_short(item["input"]), **item.get("ctx", {}))
+    got = "" if item["type"] == "value_error" else f" (got {_short(repr(item['input']))})"
     return f"{where}: {place}: {message}{got}" if place else f"{where}: {message}{got}"
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _walk(kind: type[Settings], path: Sequence[Any]) -> tuple[Any, list[str]]:
@@ -88,27 +143,73 @@ def read_yaml(name: str, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A recipe by shipped name or by path, with what it `extends` underneath it."""
     known = recipes()
     path = known.get(name, Path(name))
-    if not path.is_file():
+    if not is_file(path):
         near = difflib.get_close_matches(name, known, n=1)
         raise ConfigError(
-            f"{name}: no such recipe or file; "
+            f"{_short(name)}: no such recipe or file; "
             + (f"did you mean {near[0]}?" if near else "see `dressage recipes` for the shipped ones")
         )
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raw = _load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', error)})") from error
+        raise ConfigError(f"{path}{line}: not valid YAML ({_why(error)})") from error
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: a recipe is a mapping of settings, this is {type(raw).__name__}")
+        found = {list: "a list", str: "a text", type(None): "empty"}.get(type(raw), f"the value {_short(raw)}")
+        raise ConfigError(f"{path}: a recipe is a mapping of settings, this is {found}")
     base = raw.pop("extends", None)
     if base is None:
         return raw
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: extends takes one recipe's name or file (got {_short(base)})")
     if path.resolve() in above:
         raise ConfigError(f"{path}: extends itself")
-    beside = path.parent / str(base)
-    return merge(read_yaml(str(beside) if beside.is_file() else str(base), (*above, path.resolve())), raw)
+    beside = path.parent / base
+    return merge(read_yaml(str(beside) if is_file(beside) else base, (*above, path.resolve())), raw)
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, which makes no objects, without what would hide a slip or swell: keys twice, and aliases."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Refuses an alias: a few lines of them can stand for more than any memory holds."""
+        if self.check_event(yaml.AliasEvent):
+            where = self.get_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(
+                None, None, "an alias; write the settings out, or take over a recipe by `extends`", where
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        """Refuses a key that stands there twice: the first would be lost without a word."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands there twice", key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+def _load(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)
+
+
+def _why(error: Exception) -> str:
+    """What a YAML reader says, in a few words."""
+    if isinstance(error, RecursionError):
+        return "nested too deep"
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8 at byte {error.start + 1}"
+    return str(getattr(error, "problem", None) or getattr(error, "reason", None) or error)
+
+
+def is_file(path: Path) -> bool:
+    """Is there such a file? A name that no file can have is none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,12 +226,12 @@ def override(raw: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, An
     result = dict(raw)
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"{assignment}: an override is written section.setting=value")
+        if not equals or not all(key.split(".")):
+            raise ConfigError(f"{_short(assignment)}: an override is written section.setting=value")
         try:
-            value: Any = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{assignment}: the value is not valid YAML") from error
+            value: Any = _load(text)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise ConfigError(f"{_short(assignment)}: the value is not valid YAML ({_why(error)})") from error
         if isinstance(value, str):
             value = _number(value)
         for part in reversed(key.split(".")):
@@ -141,10 +242,7 @@ def override(raw: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, An
 
 def _number(text: str) -> Any:
     """1e-4 is a number to people, if not to YAML 1.1."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
+    return float(text) if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", text) else text
 
 
 def load_stage(kind: str, recipe: str | None, assignments: Sequence[str] = ()) -> Settings:
@@ -153,8 +251,16 @@ def load_stage(kind: str, recipe: str | None, assignments: Sequence[str] = ()) -
     if "stages" in raw:
         raise ConfigError(f"{recipe}: is a pipeline of stages; use `dressage run {recipe}`")
     if raw.setdefault("kind", kind) != kind:
-        raise ConfigError(f"{recipe}: is a {raw['kind']} recipe; use `dressage {raw['kind']}` or `dressage run`")
+        other = kind_of(raw["kind"], recipe or "command line")
+        raise ConfigError(f"{recipe or 'command line'}: is a {other} recipe; use `dressage {other}`")
     return parse(STAGE_KINDS[kind], raw, recipe or "command line")
+
+
+def kind_of(kind: Any, where: str) -> str:
+    """The kind of a stage; ConfigError if there is none such."""
+    if not isinstance(kind, str) or kind not in STAGE_KINDS:
+        raise ConfigError(f"{where}: kind: {_short(repr(kind))} is none of {', '.join(STAGE_KINDS)}")
+    return kind
 
 
 def load_pipeline(recipe: str, assignments: Sequence[str] = ()) -> tuple[PipelineConfig, dict[str, Settings]]:
@@ -168,13 +274,13 @@ def load_pipeline(recipe: str, assignments: Sequence[str] = ()) -> tuple[Pipelin
         if settings is None:
             continue
         where = f"{recipe}: stages.{name}"
-        kind = settings.get("kind", name)
-        if kind not in STAGE_KINDS:
-            raise ConfigError(f"{where}.kind: {kind!r} is none of {', '.join(STAGE_KINDS)}")
+        kind = kind_of(settings.get("kind", name), where)
         model = config.model.model_dump(exclude_unset=True)
         defaults = {"kind": kind, "seed": config.seed} | ({"model": model} if kind != "rank" else {})
         located = _locate(merge(defaults, settings), Path(config.folder), list(stages), where)
         stages[name] = parse(STAGE_KINDS[kind], located, where)
+    if not stages:
+        raise ConfigError(f"{recipe}: stages: there is none; give at least one")
     return config, stages
 
 
@@ -187,5 +293,7 @@ def _locate(value: Any, folder: Path, earlier: Sequence[str], where: str) -> Any
         name, _, rest = value.removeprefix("stage:").partition("/")
         if name not in earlier:
             raise ConfigError(f"{where}: {value} names no earlier stage; there are {', '.join(earlier) or 'none'}")
+        if ".." in Path(rest).parts or Path(rest).is_absolute():
+            raise ConfigError(f"{where}: {value} leads out of the stage's folder; name a file in it")
         return str(folder / name / rest)
     return value

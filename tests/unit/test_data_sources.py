@@ -497,7 +497,7 @@ BROKEN = [
     (PANDA, PANDA | {"annotator2": 3}, "a label that is none of 0, 1, 2"),
     (PANDA, PANDA | {"annotator2": True}, "a label that is none of 0, 1, 2"),
     (OWN, OWN | {"ranks": [0]}, "answers, ranks and finished do not match, or fewer than two answers"),
-    (OWN, OWN | {"ranks": [0, -1]}, "ranks are not whole numbers from 0, or finished is not true or false"),
+    (OWN, OWN | {"ranks": [0, -1]}, "ranks are not whole numbers from 0"),
     (OWN, OWN | {"grades": [1]}, "answers and grades do not match"),
     (OWN, OWN | {"grades": [1, "2"]}, "a grade is text, not a finite number"),
     (OWN, OWN | {"grades": [1, 2]}, "a worse rank has a higher grade"),

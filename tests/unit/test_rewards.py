@@ -555,5 +555,5 @@ def test_a_classifier(classifier: Path) -> None:
 def test_a_classifier_that_is_not_there(classifier: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"has no class 'angry'; its classes are 0 \(sad\), 1 \(calm\), 2 \(glad\)"):
         load_classifier(str(classifier), "angry", "answer", probability=True, max_tokens=64)
-    with pytest.raises(ModelError, match="no classifier could be loaded"):
+    with pytest.raises(ModelError, match="holds no model"):
         load_classifier(str(tmp_path), 0, "answer", probability=True, max_tokens=64)

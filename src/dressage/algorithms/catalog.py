@@ -487,7 +487,9 @@ ALGORITHMS: Mapping[str, Algorithm] = {
 def algorithm(name: str) -> Algorithm:
     """The row of this name; an unknown name is a ConfigError."""
     if name not in ALGORITHMS:
-        raise ConfigError(f"algorithm={name!r}: there is no such row; known: {', '.join(ALGORITHMS)}")
+        near = difflib.get_close_matches(name, ALGORITHMS, n=1)
+        advice = f"did you mean {near[0]}?" if near else f"known: {', '.join(ALGORITHMS)}"
+        raise ConfigError(f"algorithm={name!r}: there is no such row; {advice}")
     return ALGORITHMS[name]
 
 

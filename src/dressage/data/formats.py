@@ -6,7 +6,6 @@ keep their texts to the letter, because sampled answers are compared with what t
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -209,9 +208,15 @@ def _graded(prompt: Prompt, answers: Sequence[str], grades: Sequence[float]) -> 
     return Ranking(prompt, tuple(answers), dense_ranks([-grade for grade in grades]), grades=tuple(grades))
 
 
+LARGEST_GRADE = 1e15
+"""Beyond, a grade's square leaves float32, and nothing can be learnt from it."""
+
+
 def _grade(value: object, what: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         raise BadRow(f"{what} is {_kind(value)}, not a finite number")
+    if not abs(value) <= LARGEST_GRADE:  # NaN is not either
+        raise BadRow(f"{what} is no finite number, or too large", f"{value:.3g}" if isinstance(value, float) else "")
     return float(value)
 
 
@@ -450,8 +455,10 @@ def _own_ranking(row: Row) -> Iterator[Ranking]:
     ranks, finished = tuple(_items(row["ranks"], "ranks")), tuple(_items(row.get("finished") or (), "finished"))
     if len(answers) < 2 or len(ranks) != len(answers) or len(finished) not in (0, len(answers)):
         raise BadRow("answers, ranks and finished do not match, or fewer than two answers")
-    if not all(type(rank) is int and rank >= 0 for rank in ranks) or not all(type(end) is bool for end in finished):
-        raise BadRow("ranks are not whole numbers from 0, or finished is not true or false")
+    if not all(type(rank) is int and 0 <= rank < LARGEST_GRADE for rank in ranks):
+        raise BadRow("ranks are not whole numbers from 0")
+    if not all(type(end) is bool for end in finished):
+        raise BadRow("finished is not true or false")
     grades = tuple(_grade(grade, "a grade") for grade in _items(row.get("grades") or (), "grades"))
     if len(grades) not in (0, len(answers)):
         raise BadRow("answers and grades do not match")
@@ -459,6 +466,19 @@ def _own_ranking(row: Row) -> Iterator[Ranking]:
     if any(rank < other and grade < higher for (rank, grade), (other, higher) in pairs):
         raise BadRow("a worse rank has a higher grade")
     yield Ranking(_own_prompt(row), answers, ranks, finished, grades)
+
+
+def own_answers(row: object) -> tuple[Prompt, Sequence[Mapping[str, Any]]]:
+    """A row of Dressage's own answers.jsonl: the prompt, and its answers with their text and why they ended."""
+    found = _object(row, "the row")
+    answers = [_object(answer, "an answer") for answer in _items(found.get("answers"), "answers")]
+    if not answers:
+        raise BadRow("no answers")
+    for answer in answers:
+        _exact(answer.get("text"), "answer")
+        if answer.get("finish") not in ("stop", "length"):
+            raise BadRow("finish is neither stop nor length")
+    return _own_prompt({"prompt": _items(found.get("prompt"), "prompt")}), answers
 
 
 def _first_turn(row: Row) -> Prompt:

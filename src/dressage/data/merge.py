@@ -56,11 +56,13 @@ def standardised(
     """
     bare = sum(not row.grades for row in (*train, *heldout))
     if bare:
-        raise DataError(f"{bare} rankings have no grades to learn; give them grades, or set data.merge=bradley_terry")
+        raise DataError(
+            f"loss=regression: {bare} rankings have no grades; give them grades, or set data.merge=bradley_terry"
+        )
     grades = [grade for row in train for grade in row.grades]
     mean, deviation = fmean(grades), pstdev(grades)
     if deviation == 0:
-        raise DataError("all answers have the same grade: there is nothing to learn")
+        raise DataError("loss=regression: all answers have the same grade: there is nothing to learn")
 
     def scaled(row: EncodedRanking) -> EncodedRanking:
         return replace(row, grades=tuple((grade - mean) / deviation for grade in row.grades))

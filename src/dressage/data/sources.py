@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import stat
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -25,6 +26,8 @@ OnBadRow = Literal["error", "drop"]
 Kind = Literal["demonstrations", "rankings", "ratings", "prompts"]
 
 _PROBED_ROWS = 100
+_SHOWN_COLUMNS = 12
+_COMPARED_COLUMNS = 50
 
 
 @dataclass(frozen=True)
@@ -147,13 +150,14 @@ def _recognise(source: str, kind: Kind, head: list[object]) -> Format:
     columns = [frozenset(_fields(row)) for row in head if isinstance(row, dict | str)]
     if not columns:
         broken = next((str(row) for row in head if isinstance(row, BadRow)), "neither objects nor texts")
-        raise DataError(f"{source}:1: {broken}; give JSON, JSON lines or Parquet, gzipped or not")
+        raise DataError(f"{source}:1: {broken}; give JSON, one object a line or all in a list, or Parquet")
     form = Counter(_fitting(names) for names in columns).most_common(1)[0][0]
     if form is not None and getattr(form, kind) is not None:
         return form
     names = Counter(columns).most_common(1)[0][0]
+    compared = sorted(names)[:_COMPARED_COLUMNS]
     known = "are no known format" if form is None else f"are '{form.name}', which has no {kind}"
-    nearest = max((form for form in FORMATS if getattr(form, kind)), key=lambda form: _likeness(form, names))
+    nearest = max((form for form in FORMATS if getattr(form, kind)), key=lambda form: _likeness(form, compared))
     raise DataError(
         f"{source}: columns {_list(names)} {known}; the nearest that has {kind}, '{nearest.name}', "
         f"also needs {_list(nearest.columns - names)}"
@@ -170,11 +174,15 @@ def _likeness(form: Format, names: Iterable[str]) -> float:
 
 
 def _list(names: Iterable[str]) -> str:
-    return ", ".join(sorted(map(str, names)))
+    written = sorted(" ".join(str(name).split())[:40] for name in names)
+    more = [f"{len(written) - _SHOWN_COLUMNS} more"] if len(written) > _SHOWN_COLUMNS else []
+    return ", ".join([*written[:_SHOWN_COLUMNS], *more])
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
 
+MARK = b"\xef\xbb\xbf"
+"""With which Windows begins a file in UTF-8."""
 Rows = Iterator[tuple[str, object]]
 """Where a row stands, and the row: a JSON value, or the BadRow that says why there is none."""
 
@@ -183,11 +191,15 @@ _HUB_NAME = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(?::(?P<split>[\w.\[
 
 
 def _rows(source: str) -> Rows:
-    path = Path(source).expanduser()
-    if path.is_file():
+    try:
+        path = Path(source).expanduser()
+        found = path.stat().st_mode if path.exists() else None
+    except (OSError, RuntimeError) as error:  # a name that no file can have, or the home of nobody
+        raise DataError(f"{source[:80]}: no such file ({getattr(error, 'strerror', None) or error})") from error
+    if found is not None and stat.S_ISREG(found):
         return _file_rows(path, source)
-    if path.exists():
-        raise DataError(f"{source}: is a folder; give one file")
+    if found is not None:
+        raise DataError(f"{source}: is {'a folder' if stat.S_ISDIR(found) else 'no plain file'}; give one file")
     hub = _HUB_NAME.fullmatch(source)
     # "data/train.jsonl" has the form of a hub name too, but whoever writes it means a file.
     if hub is None or source.endswith(_DATA_SUFFIXES) or path.parent.is_dir():
@@ -205,9 +217,11 @@ def _file_rows(path: Path, source: str) -> Rows:
             yield from _parquet_rows(path, source)
             return
         with gzip.open(path) if start[:2] == b"\x1f\x8b" else path.open("rb") as lines:
-            first = next((line for line in lines if line.strip()), b"")
+            first = next((line for line in lines if line.removeprefix(MARK).strip()), b"")
             lines.seek(0)
-            if first.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+            if not first:
+                return
+            if first.removeprefix(MARK).lstrip().startswith(b"["):
                 yield from _listed(lines.read(), source)
             else:
                 for number, line in enumerate(lines, start=1):
@@ -224,7 +238,9 @@ def _value(line: bytes) -> object:
         return BadRow("not UTF-8", f"byte {error.start + 1}")
     except json.JSONDecodeError as error:
         return BadRow("not valid JSON", f"{error.msg} at column {error.colno}")
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        return BadRow("not valid JSON", "nested too deep")
+    except ValueError as error:
         return BadRow("not valid JSON", str(error)[:80])
 
 
@@ -239,7 +255,8 @@ def _listed(content: bytes, source: str) -> Rows:
             "or write one row a line so that broken rows can be left out"
         ) from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{source}: not valid JSON ({str(error)[:80]}); mend the list") from error
+        said = "nested too deep" if isinstance(error, RecursionError) else str(error)[:80]
+        raise DataError(f"{source}: not valid JSON ({said}); mend the list") from error
     for number, value in enumerate(values, start=1):
         yield f"{source}:{number}", value
 

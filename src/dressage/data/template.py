@@ -12,8 +12,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import jinja2
-
 from dressage.errors import DataError, ModelError
 from dressage.schema import Demonstration, Message, Prompt
 
@@ -200,8 +198,9 @@ class ChatTemplate:
             text = self.tokenizer.apply_chat_template(
                 turns, tokenize=False, add_generation_prompt=True, chat_template=self.source, **switches
             )
-        except (jinja2.TemplateError, ValueError, TypeError) as error:
-            raise ModelError(f"the chat template refuses the conversation ({error}); give another template") from error
+        except Exception as error:  # a template is a program, and can fail as one
+            said = " ".join(str(error).split())[:160]
+            raise ModelError(f"the chat template refuses the conversation ({said}); give another template") from error
         return self._without_default_system(text) if unled and self.system == "" else str(text)
 
     def _without_default_system(self, text: str) -> str:

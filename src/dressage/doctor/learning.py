@@ -217,7 +217,7 @@ def _learner(
         learner = assemble.build_learner(subject.row, policy, config, 2, reference=whole)
     else:
         policy = replace(policy, head=None)
-        config = SftConfig(data=DataConfig(sources=())).model_copy(update=changed)
+        config = SftConfig(data=DataConfig(sources=("none",))).model_copy(update=changed)
         learner = assemble.build_learner(algorithm(row), policy, config, 2)
     if not restore:
         yield learner

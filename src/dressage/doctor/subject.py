@@ -130,7 +130,7 @@ class Subject:
     @cached_property
     def ppo(self) -> PpoConfig:
         """That stage on the model that is there; if there is none, PPO as it comes."""
-        own = self.online or PpoConfig(prompts=DataConfig(sources=()), reward_model="none")
+        own = self.online or PpoConfig(prompts=DataConfig(sources=("none",)), reward_model="none")
         return own.model_copy(update={"model": self.model})
 
     @cached_property

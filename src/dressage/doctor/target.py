@@ -27,7 +27,7 @@ from dressage.errors import ConfigError, DataError
 from dressage.models.files import role_meta, saved_model
 from dressage.models.pretrained import ADAPTER_FILE, ROLE_FILE
 from dressage.monitor.run_folder import read_stages
-from dressage.recipe import load_pipeline, load_stage, override, parse, read_yaml
+from dressage.recipe import kind_of, load_pipeline, load_stage, override, parse, read_yaml
 
 STARTER = "quickstart"
 Stages = Mapping[str, Settings]
@@ -68,10 +68,7 @@ def stages_of(target: str | None, overrides: Sequence[str], scratch: Path) -> tu
     raw = read_yaml(target)
     if "stages" in raw:
         return _pipeline(target, overrides)
-    kind = raw.get("kind", "")
-    if kind not in STAGE_KINDS:
-        raise ConfigError(f"{target}: kind={kind!r} is none of {', '.join(STAGE_KINDS)}")
-    return {path.stem: load_stage(kind, target, overrides)}, Path("runs")
+    return {path.stem: load_stage(kind_of(raw.get("kind"), target), target, overrides)}, Path("runs")
 
 
 def there(model: ModelConfig, stages: Stages, folder: Path) -> ModelConfig:
@@ -151,5 +148,6 @@ def _of_run(folder: Path, overrides: Sequence[str]) -> tuple[Stages, Path]:
     whole = len(raw) > 1 or (folder / "pipeline.json").is_file()
     changed = override({"stages": raw} if whole else next(iter(raw.values())), overrides)
     raw = changed["stages"] if whole else {name: changed for name in raw}
-    parsed = {name: parse(STAGE_KINDS[stages[name].kind], value, f"{folder / name}") for name, value in raw.items()}
+    kinds = {name: kind_of(stages[name].kind, f"{folder / name}") if name in stages else "" for name in raw}
+    parsed = {name: parse(STAGE_KINDS[kinds[name]], value, f"{folder / name}") for name, value in raw.items()}
     return parsed, folder if whole else folder.parent

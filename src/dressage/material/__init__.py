@@ -8,8 +8,7 @@ from dressage.errors import DataError
 
 def path(name: str) -> Path:
     """Where a file of this folder lies, such as `demonstrations.jsonl`."""
-    found = Path(str(files(__name__))) / name
-    if not found.is_file():
-        shipped = ", ".join(sorted(file.name for file in found.parent.glob("*.jsonl")))
-        raise DataError(f"dressage ships no material named {name!r}; it ships {shipped}")
-    return found
+    shipped = {file.name: file for file in sorted(Path(str(files(__name__))).glob("*.jsonl"))}
+    if name not in shipped:
+        raise DataError(f"dressage ships no material named {name!r}; it ships {', '.join(shipped)}")
+    return shipped[name]

@@ -10,23 +10,24 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dressage.config import LoraConfig, ModelConfig, Pooling
+from dressage.config import LoraConfig, ModelConfig, Pooling, Positive, Settings
 from dressage.errors import CheckpointError, ModelError
 from dressage.models.lora import Backbone, peft_config
 from dressage.models.pretrained import (
     ADAPTER_FILE,
     ROLE_FILE,
-    base_of,
     lineage,
     load_base,
     model_shape,
+    named_base,
     reads_both_ways,
 )
 from dressage.models.roles import Role, ScalarHead
@@ -158,24 +159,52 @@ def load_backbone(config: ModelConfig, *, to_read: bool = False) -> Backbone:
 
 def add_saved_adapter(backbone: Backbone, folder: Path, name: str, *, depth: int | None = None) -> None:
     """An adapter folder (ours, or one that peft saved) as an adapter of this backbone."""
-    saved = _read_json(folder / ADAPTER_FILE)
-    own = _read_json(folder / ROLE_FILE) if (folder / ROLE_FILE).is_file() else {}
-    config = (
-        LoraConfig(**own["lora"])
-        if "lora" in own
-        else LoraConfig(rank=saved["r"], alpha=saved["lora_alpha"], dropout=0.0)
-    )
-    backbone.add_adapter(name, config, depth=own.get("depth", depth))
-    backbone.load_adapter_state(name, load_tensors(folder / WEIGHTS), str(folder))
+    own = role_meta(folder) if (folder / ROLE_FILE).is_file() else {}
+    config = LoraConfig(**own["lora"]) if own.get("lora") else _lora_of_peft(folder / ADAPTER_FILE)
+    depth = own.get("depth", depth)
+    if depth is not None and depth > backbone.depth:
+        raise CheckpointError(f"{folder / ROLE_FILE}: depth={depth}: the model under it has {backbone.depth} layers")
+    backbone.add_adapter(name, config, depth=depth)
+    backbone.load_adapter_state(name, _finite(folder / WEIGHTS), str(folder))
+
+
+def _lora_of_peft(path: Path) -> LoraConfig:
+    """Settings of an adapter that peft saved; CheckpointError if it computes something else than ours would."""
+    saved = _read_json(path)
+    if saved.get("peft_type", "LORA") != "LORA":
+        raise CheckpointError(f"{path}: peft_type={saved['peft_type']}: only LORA adapters are read")
+    for other in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
+        if saved.get(other):
+            raise CheckpointError(f"{path}: {other}={saved[other]}: is not read; merge the adapter with peft first")
+    try:
+        return LoraConfig(rank=saved["r"], alpha=saved["lora_alpha"], dropout=0.0)
+    except (KeyError, ValidationError) as error:
+        raise CheckpointError(f"{path}: r and lora_alpha must be numbers; save the adapter again") from error
+
+
+def _finite(path: Path) -> dict[str, Tensor]:
+    """Tensors of a file; CheckpointError if one holds NaN or infinity."""
+    tensors = load_tensors(path)
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"{path}: {name} is not finite (NaN or infinity); use an earlier checkpoint")
+    return tensors
 
 
 def load_role(folder: Path, backbone: Backbone, name: str) -> Role:
     """A saved role as adapter `name` on this backbone, with its head and depth."""
-    meta = _read_json(folder / ROLE_FILE)
+    meta = role_meta(folder)
     if not (folder / ADAPTER_FILE).is_file():
         raise CheckpointError(f"{folder}: holds whole weights, not an adapter; load it as a model")
     add_saved_adapter(backbone, folder, name)
-    return Role(backbone, name, load_head(folder, backbone), meta["depth"], pooling_of(meta))
+    return Role(backbone, name, _head_of(folder, meta, backbone), meta["depth"], pooling_of(meta))
+
+
+def _head_of(folder: Path, meta: Mapping[str, Any], backbone: Backbone) -> ScalarHead | None:
+    head = load_head(folder, backbone)
+    if head is None and meta["kind"] == "reward":
+        raise CheckpointError(f"{folder / HEAD}: is missing; a reward model cannot score without it")
+    return head
 
 
 def pooling_of(meta: Mapping[str, Any]) -> Pooling:
@@ -188,7 +217,7 @@ def load_head(folder: Path, backbone: Backbone) -> ScalarHead | None:
     """The head beside a role, if it has one; CheckpointError if it is no scalar head of this width."""
     if not (folder / HEAD).is_file():
         return None
-    state = load_tensors(folder / HEAD)
+    state = _finite(folder / HEAD)
     head = ScalarHead(backbone.width)
     try:
         head.load_state_dict(state)
@@ -205,7 +234,7 @@ def load_reward_model(
     model = saved_model(folder)
     if not (folder / ADAPTER_FILE).is_file():
         own = load_backbone(model, to_read=True)
-        return Role(own, None, load_head(folder, own), meta["depth"], pooling_of(meta))
+        return Role(own, None, _head_of(folder, meta, own), meta["depth"], pooling_of(meta))
     if backbone is not None and backbone_config is not None and same_base(model, backbone_config):
         return load_role(folder, backbone, name)
     return load_role(folder, load_backbone(model, to_read=True), "reward")
@@ -215,7 +244,7 @@ def reward_meta(folder: Path) -> dict[str, Any]:
     """role.json of a reward model; ModelError if the folder holds none."""
     if not (folder / ROLE_FILE).is_file():
         raise ModelError(f"{folder}: no reward model here (no {ROLE_FILE}); train one with `dressage reward`")
-    meta = _read_json(folder / ROLE_FILE)
+    meta = role_meta(folder)
     if meta["kind"] != "reward":
         raise ModelError(f"{folder}: is a {meta['kind']}, not a reward model")
     return meta
@@ -230,15 +259,37 @@ def same_base(one: ModelConfig, other: ModelConfig) -> bool:
 
 def saved_model(folder: Path) -> ModelConfig:
     """The model under a saved role: what to load before its adapter, or the folder itself if it holds whole weights."""
-    meta = _read_json(folder / ROLE_FILE)
-    adapter = folder / ADAPTER_FILE
-    name = base_of(folder, _read_json(adapter)["base_model_name_or_path"]) if adapter.is_file() else str(folder)
-    return ModelConfig(**(meta["model"] | {"name": name}))
+    name = named_base(folder) if (folder / ADAPTER_FILE).is_file() else str(folder)
+    return written_model(folder).model_copy(update={"name": name})
+
+
+def written_model(folder: Path) -> ModelConfig:
+    """The model's settings as role.json has them."""
+    return ModelConfig(**role_meta(folder)["model"])
+
+
+class RoleFile(Settings):
+    """What role.json holds."""
+
+    format: Literal[1]
+    kind: Literal["policy", "value", "reward"]
+    depth: Positive | None
+    model: ModelConfig
+    pooling: Pooling = "last"
+    lora: LoraConfig | None = None
+    normalisation: Mapping[str, float] | None = None
 
 
 def role_meta(folder: Path) -> dict[str, Any]:
-    """role.json of a saved role."""
-    return _read_json(folder / ROLE_FILE)
+    """role.json of a saved role; CheckpointError if it is damaged."""
+    meta = _read_json(folder / ROLE_FILE)
+    try:
+        RoleFile.model_validate(meta)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise CheckpointError(f"{folder / ROLE_FILE}: is damaged ({place}: {first['msg']}); save it again") from error
+    return meta
 
 
 def weights_hash(tensors: Mapping[str, Tensor]) -> str:
@@ -256,9 +307,11 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("no JSON object")
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: is missing; the folder is not a whole checkpoint") from error
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path}: is damaged ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is damaged ({error}); save it again") from error
     return value

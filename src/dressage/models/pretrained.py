@@ -8,11 +8,13 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from dressage.config import ModelConfig
@@ -33,27 +35,40 @@ class Lineage:
 
 def lineage(name: str) -> Lineage:
     """Follows adapter folders down to the base; reads small files only. ModelError if something is absent."""
+    return _lineage(name, ())
+
+
+def _lineage(name: str, above: tuple[Path, ...]) -> Lineage:
     folder = Path(name)
-    config = folder / ADAPTER_FILE
-    if not config.is_file():
-        if not folder.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+    try:
+        adapter, is_folder = (folder / ADAPTER_FILE).is_file(), folder.is_dir()
+        is_model, is_there = (folder / "config.json").is_file(), folder.exists()
+    except OSError as error:
+        raise ModelError(f"{name[:80]}: no such model folder ({error.strerror})") from error
+    if not adapter:
+        if not is_there and (name.startswith((".", "/", "~")) or name.count("/") > 1):
             raise ModelError(f"{name}: no such model folder; check the path, or that the stage that makes it has run")
-        if folder.is_dir() and not (folder / "config.json").is_file():
+        if is_there and not is_folder:
+            raise ModelError(f"{name}: is a file; give the folder of a model or an adapter")
+        if is_folder and not is_model:
             raise ModelError(f"{name}: holds no model (no config.json and no {ADAPTER_FILE})")
         return Lineage(name)
-    try:
-        base = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (json.JSONDecodeError, KeyError) as error:
-        raise ModelError(f"{config}: not an adapter configuration ({error}); save the adapter again") from error
-    base = base_of(folder, base)
-    if Path(base).resolve() == folder.resolve():
-        raise ModelError(f"{config}: names itself as its base")
-    below = lineage(base)
+    if folder.resolve() in above:
+        raise ModelError(f"{folder / ADAPTER_FILE}: is its own base, or its base's base; save the adapter again")
+    below = _lineage(named_base(folder), (*above, folder.resolve()))
     return Lineage(below.base, (*below.adapters, folder))
 
 
-def base_of(folder: Path, name: str) -> str:
+def named_base(folder: Path) -> str:
     """The base an adapter folder names: a path from that folder, or from here, or a name."""
+    path = folder / ADAPTER_FILE
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: not an adapter configuration ({error}); save the adapter again") from error
+    name = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    if not isinstance(name, str) or not name:
+        raise ModelError(f"{path}: not an adapter configuration (no base_model_name_or_path); save the adapter again")
     beside = folder / name
     return os.path.normpath(beside) if beside.is_dir() else name
 
@@ -113,8 +128,8 @@ def load_tokenizer(config: ModelConfig) -> Any:
     base = resolve(lineage(config.name).base)
     try:
         return AutoTokenizer.from_pretrained(base, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{config.name}: no tokenizer could be loaded: {_first_line(error)}") from error
+    except Exception as error:  # what is damaged breaks the library in any way
+        raise ModelError(f"{config.name}: no tokenizer could be loaded: {_in_a_line(error)}") from error
 
 
 def model_shape(config: ModelConfig) -> Any:
@@ -124,8 +139,12 @@ def model_shape(config: ModelConfig) -> Any:
     base = resolve(lineage(config.name).base)
     try:
         return AutoConfig.from_pretrained(base, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{config.name}: no model could be found: {_first_line(error)}") from error
+    except Exception as error:  # what is damaged breaks the library in any way
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"{config.name}: brings code of its own, which is not run; model.trust_remote_code=true runs it"
+            ) from error
+        raise ModelError(f"{config.name}: no model could be found: {_in_a_line(error)}") from error
 
 
 def reads_both_ways(shape: Any) -> bool:
@@ -148,29 +167,52 @@ def model_class(shape: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def load_base(config: ModelConfig, device: torch.device | None = None) -> Any:
-    """The base's weights (adapters not yet merged), in the compute type, in eval mode. Safetensors only."""
+    """The base's weights (adapters not yet merged), in the compute type, in eval mode. Safetensors only.
+
+    Raises: ModelError if they are not all there, have other shapes, or hold NaN: transformers would draw them by lot.
+    """
     shape = model_shape(config)
     kind, options = model_class(shape)
     base = resolve(lineage(config.name).base)
     try:
-        model: Any = kind.from_pretrained(
+        loaded: tuple[Any, dict[str, Any]] = kind.from_pretrained(
             base,
             config=shape,
             dtype=compute_dtype(config.dtype),
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
             **options,
         )
-    except (OSError, ValueError) as error:
+    except (*DAMAGED, SafetensorError) as error:
         raise ModelError(
-            f"{config.name}: weights could not be loaded: {_first_line(error)}. Only safetensors are read; convert a"
+            f"{config.name}: weights could not be loaded: {_in_a_line(error)}. Only safetensors are read; convert a"
             " .bin checkpoint with transformers' save_pretrained"
         ) from error
+    model = require_whole(config.name, *loaded)
     # Our RL roles are evaluated as they are trained: no dropout anywhere (numerics, 14).
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     return model.to(device or best_device()).eval()
+
+
+DAMAGED = (OSError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
+"""What transformers raises at files that are damaged; a lack of memory is none of these."""
+
+
+def require_whole(name: str, model: Any, info: Mapping[str, Any]) -> Any:
+    """The model, if every weight of it was in the file; ModelError that names the first that was not, or is NaN."""
+    # A pooling layer is never read.
+    missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
+    odd = sorted(key for key, *_ in info["mismatched_keys"])
+    ruined = [key for key, weight in model.named_parameters() if not weight.sum(dtype=torch.float32).isfinite()]
+    found = {"are not in the file": missing, "have another shape than config.json says": odd, "hold NaN": ruined}
+    for fault, keys in found.items():
+        if keys:
+            raise ModelError(f"{name}: {len(keys)} of its weights {fault}, the first {keys[0]}; fetch the model again")
+    return model
 
 
 def best_device() -> torch.device:
@@ -193,5 +235,5 @@ def compute_dtype(asked: str) -> torch.dtype:
     return torch.bfloat16 if quick else torch.float32
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:200]
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200].rstrip(".")

@@ -64,9 +64,11 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: is damaged ({error}); delete it, or run its stage again") from error
-    return found if isinstance(found, dict) else {}
+    if not isinstance(found, dict):
+        raise DataError(f"{path}: is damaged (no JSON object); delete it, or run its stage again")
+    return found
 
 
 def number(found: Mapping[str, Any], name: str) -> float | None:
@@ -94,6 +96,8 @@ def _read_stage(folder: Path) -> Stage:
     manifest, rows = read_json(folder / "stage.json"), read_metrics(folder)
     name = str(manifest.get("stage") or folder.resolve().name)
     kind = str(manifest.get("kind") or _kind_of(rows) or name)
+    if not isinstance(manifest.get("settings") or {}, Mapping):
+        raise DataError(f"{folder / 'stage.json'}: is damaged (settings are no object); run its stage again")
     evaluation, accuracy = read_json(folder / "evaluation.json"), read_json(folder / "accuracy.json")
     gate = read_json(folder / "gate.json")
     return Stage(name, kind, manifest, rows, read_samples(folder), evaluation, accuracy, gate)

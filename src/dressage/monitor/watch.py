@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -58,7 +59,9 @@ def require_known(bounds: Iterable[str]) -> None:
     """ConfigError if bounds are set for a metric that has none."""
     for name in bounds:
         if name not in BOUNDS:
-            raise ConfigError(f"health.bounds.{name}: has no bounds; those that have: {', '.join(BOUNDS)}")
+            near = difflib.get_close_matches(name, BOUNDS, n=1)
+            advice = f"did you mean {near[0]}?" if near else f"those that have: {', '.join(BOUNDS)}"
+            raise ConfigError(f"health.bounds.{name}: has no bounds; {advice}")
 
 
 def told(stage: str, verdict: Verdict) -> str:

@@ -197,7 +197,13 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
     A torn last line, as a killed run leaves it, is passed over; DataError if another line cannot be read.
     """
-    return read_lines(folder / METRICS_FILE)
+    path = folder / METRICS_FILE
+    rows = read_lines(path)
+    for row in rows:
+        for name, value in row.items():
+            if isinstance(value, bool) or not isinstance(value, int | float | None):
+                raise DataError(f"{path}: {name} is {value!r:.40}, not a number; delete that line to go on")
+    return rows
 
 
 def read_samples(folder: Path) -> list[dict[str, Any]]:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from dressage.errors import ModelError
-from dressage.models.pretrained import best_device
+from dressage.models.pretrained import DAMAGED, best_device, lineage, require_whole
 from dressage.schema import Rollout
 
 
@@ -53,14 +54,19 @@ def load_classifier(
     """A sequence classification model, safetensors only; ModelError if there is none or it lacks the class."""
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+    lineage(name)
     try:
         config = AutoConfig.from_pretrained(name)
         number = class_of(label, config.id2label, name)
         tokenizer: Any = AutoTokenizer.from_pretrained(name)
-        model: Any = AutoModelForSequenceClassification.from_pretrained(name, use_safetensors=True, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        said = str(error).strip().split("\n")[0][:200]
+        loaded: tuple[Any, dict[str, Any]] = AutoModelForSequenceClassification.from_pretrained(
+            name, use_safetensors=True, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+    except (*DAMAGED, SafetensorError) as error:
+        said = " ".join(str(error).split())[:200].rstrip(".")
         raise ModelError(f"{name}: no classifier could be loaded: {said}. Only safetensors are read") from error
+    # A head that is not in the file would be drawn by lot, and grade like it.
+    model = require_whole(name, *loaded)
     model.requires_grad_(False)
     return ClassifierReward(model.to(best_device()).eval(), tokenizer, number, reads == "both", probability, max_tokens)
 

@@ -55,14 +55,17 @@ class FunctionReward:
         command = [sys.executable, "-m", "dressage.rewards.worker", self.function, json.dumps(dict(self.arguments))]
         # It finds what this process finds. A session of its own: Ctrl-C is for us, who then end it.
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-            encoding="utf-8",
-            start_new_session=True,
-        )
+        try:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=environment,
+                encoding="utf-8",
+                start_new_session=True,
+            )
+        except (OSError, ValueError) as error:  # too long for a command, or a zero byte in it
+            raise Ungraded(f"{self.function:.80}: {getattr(error, 'strerror', None) or error}") from error
         weakref.finalize(self, _end, self.process)
         self._exchange("", START_SECONDS)
 

@@ -98,12 +98,18 @@ def _post(url: str, body: Mapping[str, Any], ends: float, key: str | None) -> An
     except urllib.error.HTTPError as error:
         error.close()
         said = f"HTTP {error.code} {error.reason}"
+        if error.code in range(300, 400):
+            said += "; it sends elsewhere, and what is asked goes nowhere but to the URL of the settings"
         if error.code in PASSING:
             raise _Passing(said) from error
         raise Ungraded(f"{place(url)}: {said}") from error
     except TimeoutError as error:
         raise _Passing("no answer in time") from error
-    except (OSError, http.client.HTTPException) as error:
+    except http.client.HTTPException as error:
+        raise _Passing(f"no reply in HTTP ({type(error).__name__})") from error
+    except ValueError as error:
+        raise Ungraded(f"{place(url)}: not the URL of a server") from error
+    except OSError as error:
         raise _Passing(" ".join(str(getattr(error, "reason", error)).split())[:200] or "no answer") from error
     if len(content) > LARGEST_REPLY:
         raise Ungraded(f"{place(url)}: a reply of more than {LARGEST_REPLY >> 20} MiB")

@@ -28,6 +28,8 @@ def load(name: str) -> Callable[..., Any]:
     where, _, wanted = name.rpartition(":")
     if where.endswith(".py"):
         path = Path(where).resolve()
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no file {where}")
         sys.path.insert(0, str(path.parent))
         spec = importlib.util.spec_from_file_location(path.stem, path)
         assert spec is not None and spec.loader is not None
@@ -52,7 +54,7 @@ def called(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str,
 
 def line_of(error: BaseException) -> str:
     """What went wrong, and on which line of whose file."""
-    frames = traceback.extract_tb(error.__traceback__)
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]
     said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     return said if not frames or frames[-1].filename == __file__ else f"{said} ({_place(frames[-1])})"
 

@@ -161,6 +161,8 @@ def rank(config: RankConfig, folder: Path, console: Console | None) -> None:
         ]
         if console:
             console.print(f"  {len(lines)} rankings by the SIMULATED annotator ({annotator.name})")
+    if not lines:
+        raise DataError(f"{config.rankings or config.answers}: no ranking is left: no answer is preferred to another")
     write_lines(folder / RANKINGS, lines)
     made = read_rankings(str(folder / RANKINGS), repeated=True).records if lines else ()
     gates.judge(folder, [*gates.of_rankings(made), *gates.of_position(made), *rulings], console)

@@ -9,12 +9,13 @@ from typing import Any
 
 from rich.console import Console
 
+from dressage.data.formats import BadRow, own_answers
 from dressage.data.template import ChatTemplate
 from dressage.errors import DataError
 from dressage.feedback.annotator import gold_score
 from dressage.monitor.writers import write_whole
 from dressage.pipeline import NOTES, write_json
-from dressage.schema import Completion, Message, Prompt, Rollout
+from dressage.schema import Completion, Prompt, Rollout
 
 ANSWERS, RANKINGS = "answers.jsonl", "rankings.jsonl"
 
@@ -37,14 +38,15 @@ def read_answers(path: Path, template: ChatTemplate) -> list[Rollout]:
 def lines_of(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
     """Rows of an answers.jsonl with their line numbers; DataError at the first that is none."""
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 try:
-                    row = json.loads(line)
-                    assert isinstance(row["prompt"], list) and all({"text", "finish"} <= set(a) for a in row["answers"])
-                except (ValueError, KeyError, TypeError, AssertionError) as error:
+                    row = json.loads(line.decode())
+                    own_answers(row)
+                except (ValueError, RecursionError, BadRow) as error:
+                    why = f" ({error})" if isinstance(error, BadRow) else ""
                     raise DataError(
-                        f"{path}:{number}: not a line of answers.jsonl; make the file with `dressage sample`"
+                        f"{path}:{number}: not a line of answers.jsonl{why}; make the file with `dressage sample`"
                     ) from error
                 yield number, row
     except OSError as error:
@@ -53,7 +55,7 @@ def lines_of(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
 
 def prompt_of(row: Mapping[str, Any]) -> Prompt:
     """What a row answers, not yet encoded."""
-    return Prompt(tuple(Message(turn["role"], turn["content"]) for turn in row["prompt"]))
+    return own_answers(row)[0]
 
 
 def messages_of(prompt: Prompt) -> list[dict[str, str]]:

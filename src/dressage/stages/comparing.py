@@ -39,6 +39,8 @@ def reward_accuracy(
     `scores` are those of the held-out answers.
     """
     right, pairs = ordered_pairs(scores, *_ranks(heldout))
+    if not pairs:
+        raise DataError("held-out rankings: every one is a tie, so there is no pair to order; hold out others")
     # Pairs of one prompt are not independent: the interval counts prompts.
     low, high = accuracy_interval(right / pairs * len(heldout), len(heldout))
     found: dict[str, Any] = {

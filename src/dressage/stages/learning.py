@@ -75,6 +75,7 @@ def reward(config: RewardConfig, folder: Path, console: Console | None) -> None:
     rows = assemble.build_rows("rankings", config.data, template, config.seed)
     note(folder, (*rows.notes, *glance(config, template, "rankings", rows)), console)
     train_rows, heldout = list(rows.train), list(rows.heldout)
+    to_normalise = None if config.normalise_on is None else read_answers(Path(config.normalise_on), template)
     if config.loss == "regression":
         train_rows, heldout = standardised(train_rows, heldout)
     role = assemble.build_reward_role(config)
@@ -91,9 +92,8 @@ def reward(config: RewardConfig, folder: Path, console: Console | None) -> None:
     source = DatasetSource(train_rows, collate, config.training.batch_size, config.seed)
     _train(source, learner, config, folder, steps, console, measure if heldout else None)
     assert role.head is not None
-    if config.normalise_on is not None:
-        rollouts = read_answers(Path(config.normalise_on), template)
-        typical = score_rows(role, [(*r.prompt.tokens, *r.completion.tokens) for r in rollouts])
+    if to_normalise is not None:
+        typical = score_rows(role, [(*r.prompt.tokens, *r.completion.tokens) for r in to_normalise])
     else:
         typical = score_rows(role, [answer.tokens for one in train_rows for answer in one.answers])
     gain, bias = (float(value) for value in affine_normalisation(typical))
@@ -107,7 +107,7 @@ def reward(config: RewardConfig, folder: Path, console: Console | None) -> None:
         tokenizer=template.tokenizer,
     )
     rulings = [*gates.of_split(rows), *gates.of_rankings((*rows.train_records, *rows.heldout_records))]
-    if heldout:
+    if any(len(set(one.ranks)) > 1 for one in heldout):
         scores = ranked_scores(role, heldout)
         accuracy = reward_accuracy(scores, train_rows, heldout)
         write_json(folder / "accuracy.json", accuracy)
