@@ -174,8 +174,8 @@ def test_short_and_long_form_are_one(rl: Command, made: Path, tmp_path: Path) ->
             "error: command line: rewards.a.pattern: not a regular expression: missing )",
         ),
         (["rewards.a={type: length, low: 4, high: 3}"], "error: command line: rewards.a: low=4 is above high=3"),
-        (["rewards.a={type: remote, url: 'file:///etc/hosts'}"], "error: command line: rewards.a.url: String should"),
-        (["rewards.a={type: remote, url: 'http://me:pw@host/'}"], "error: command line: rewards.a.url: String should"),
+        (["rewards.a={type: remote, url: 'file:///etc/hosts'}"], "error: command line: rewards.a.url: "),
+        (["rewards.a={type: remote, url: 'http://me:pw@host/'}"], "error: command line: rewards.a.url: "),
         (
             ["rewards.a={type: number}", "algorithm=ppo"],
             'error: value.start="reward" begins the critic as a reward model, and rewards has no part of type model',
