@@ -39,6 +39,8 @@ LONGEST = 60.0
 """Seconds after which a run counts as hanging."""
 TIMES = ("seconds", "per_second", "rss_gb")
 """What may differ between equal runs: names that hold one of these."""
+SPARED = (".lock", "report.html", ".report.html.partial", "manifest.json")
+"""Files that are not compared."""
 Hook = Callable[["Child"], None]
 """What is done in a run's process before the command begins."""
 
@@ -349,7 +351,8 @@ def contents(folder: Path) -> dict[str, bytes]:
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        if not path.is_file() or path.name in (".lock", "report.html", "manifest.json") or "tensorboard/" in name:
+        # The report is written anew at the end of every command, over what a kill left of one.
+        if not path.is_file() or path.name in SPARED or "tensorboard/" in name:
             continue
         whole = path.read_bytes()
         if path.suffix in (".json", ".jsonl"):

@@ -169,17 +169,30 @@ def read_yaml(name: str, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     return merge(read_yaml(str(beside) if is_file(beside) else base, (*above, path.resolve())), raw)
 
 
+MOST_VALUES = 10_000
+"""In a recipe, with what its aliases stand for: a few lines of them can stand for more than any memory holds."""
+
+
 class _Loader(yaml.SafeLoader):
-    """The safe loader, which makes no objects, without what would hide a slip or swell: keys twice, and aliases."""
+    """The safe loader, which makes no objects, without what would hide a slip or swell."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self.values = 0
+        self.sizes: dict[int, int] = {}
+        """Values in each node that is whole."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """Refuses an alias: a few lines of them can stand for more than any memory holds."""
-        if self.check_event(yaml.AliasEvent):
-            where = self.get_event().start_mark  # type: ignore[no-untyped-call]
-            raise yaml.composer.ComposerError(
-                None, None, "an alias; write the settings out, or take over a recipe by `extends`", where
-            )
-        return super().compose_node(parent, index)
+        """Counts what aliases stand for; refuses one that stands for what it is in."""
+        alias, where, before = self.check_event(yaml.AliasEvent), self.peek_event().start_mark, self.values  # type: ignore[no-untyped-call]
+        node = super().compose_node(parent, index)
+        if alias and id(node) not in self.sizes:
+            raise yaml.composer.ComposerError(None, None, "an alias that stands for what it is in", where)
+        self.values += self.sizes[id(node)] if alias else 1
+        self.sizes[id(node)] = self.values - before
+        if self.values > MOST_VALUES:
+            raise yaml.composer.ComposerError(None, None, f"more than {MOST_VALUES:,} values, with its aliases", where)
+        return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         """Refuses a key that stands there twice: the first would be lost without a word."""
