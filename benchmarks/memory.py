@@ -11,7 +11,6 @@ memory grew by more than 3 % of its mean in that half.
 from __future__ import annotations
 
 import argparse
-import signal
 import statistics
 import subprocess
 import sys
@@ -25,7 +24,7 @@ ROUNDS = 100_000
 
 
 def train(out: Path, seconds: float) -> None:
-    """PPO until the time is over, ended as by Ctrl-C."""
+    """PPO until the time is over; the run can go on."""
     asked = [
         "prompts={sources: ['material:prompts_train.jsonl'], heldout_fraction: 0.0, max_tokens: 80}",
         "model={name: packaged, system: ''}", "reward_model=null", "gold=simulated", "value.start=zero",
@@ -37,7 +36,7 @@ def train(out: Path, seconds: float) -> None:
     try:
         run.wait(seconds)
     except subprocess.TimeoutExpired:
-        run.send_signal(signal.SIGINT)
+        run.terminate()
         run.wait(120)
 
 
