@@ -68,8 +68,8 @@ def offline(name: str, out: Path) -> float:
     return dressage("dpo", name, *asked, "--out", str(out / name))
 
 
-def judged(name: str, out: Path) -> dict[str, Any]:
-    """The method's answers to the held-out prompts against the fine-tuned model's."""
+def evaluated(name: str, out: Path) -> dict[str, Any]:
+    """The answers of OUT/NAME's policy to the held-out prompts against the fine-tuned model's."""
     answers = out / f"{name}-answers"
     asked = ['prompts.sources=["material:prompts_heldout.jsonl"]', "prompts.limit=null", "answers_per_prompt=1"]
     model = f"model.name={out / name / 'policy'}"
@@ -79,7 +79,13 @@ def judged(name: str, out: Path) -> dict[str, Any]:
         f"before={out / 'answers_sft/answers.jsonl'}", f"after={answers / 'answers.jsonl'}",
         "--out", str(out / f"{name}-judged"),
     )  # fmt: skip
-    found = json.loads((out / f"{name}-judged" / "evaluation.json").read_text(encoding="utf-8"))
+    found: dict[str, Any] = json.loads((out / f"{name}-judged" / "evaluation.json").read_text(encoding="utf-8"))
+    return found
+
+
+def judged(name: str, out: Path) -> dict[str, Any]:
+    """What is shown of a method, and what it cost."""
+    found = evaluated(name, out)
     manifest = json.loads((out / name / "stage.json").read_text(encoding="utf-8"))
     kept = (
         "gold_sft", "gold_ppo", "score_sft", "score_ppo", "win_rate", "win_rate_low", "win_rate_high", "kl_per_answer",

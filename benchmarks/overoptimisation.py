@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from methods import dressage, evaluated
+from random_walks import standing_alone
+
 from dressage.monitor.charts import HEIGHT, WIDTH, Flag, Line, Point, line_chart
 from dressage.monitor.metrics import METRICS
-from dressage.monitor.page import STYLE
 from dressage.monitor.watch import Watch
 from dressage.monitor.writers import read_metrics
 from dressage.pipeline import write_json
@@ -29,10 +30,6 @@ from dressage.stages.answers import lines_of, write_lines
 
 WATCHED = {"reward/score_mean": "score and gold", "reward/length_correlation": "score and length"}
 """The two numbers that tell of this fault, and what each compares."""
-
-
-def dressage(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "dressage", *arguments], check=True)
 
 
 def rank_by_length(answers: Path, rankings: Path) -> None:
@@ -73,18 +70,7 @@ def train(out: Path, name: str, rounds: int) -> dict[str, Any]:
         f"training={{steps: {rounds}, micro_batch_tokens: 512, checkpoint_every: 1, keep_checkpoints: {rounds}}}",
         f"health={{on_alarm: {name}, patience_steps: 1}}", "--out", str(out / name),
     )  # fmt: skip
-    answers = out / f"{name}-answers"
-    dressage(
-        "sample", "sample", f"model.name={out / name / 'policy'}", 'prompts.sources=["material:prompts_heldout.jsonl"]',
-        "prompts.limit=null", "answers_per_prompt=1", "measure_kl=true", "--out", str(answers),
-    )  # fmt: skip
-    dressage(
-        "evaluate", "evaluate", f"model.name={out / 'sft/policy'}", f"reward_model={out / 'reward/reward'}",
-        f"before={out / 'answers_sft/answers.jsonl'}", f"after={answers / 'answers.jsonl'}",
-        "--out", str(out / f"{name}-judged"),
-    )  # fmt: skip
-    found: dict[str, Any] = json.loads((out / f"{name}-judged" / "evaluation.json").read_text(encoding="utf-8"))
-    return found
+    return evaluated(name, out)
 
 
 def first_told(folder: Path) -> dict[str, dict[str, int]]:
@@ -111,12 +97,7 @@ def picture(folder: Path, flags: list[Flag]) -> str:
     names = "".join(f'<tspan class="tick c{line.colour}" dx="14">{line.label}</tspan>' for line in lines)
     chart = line_chart(lines, title="Score and gold", step_word="round", flags=flags)
     placed = chart.replace("<svg ", f'<svg y="24" width="{WIDTH}" height="{HEIGHT}" ', 1)
-    ground = f'<rect x="-20" y="-20" width="{WIDTH + 40}" height="{HEIGHT + 64}" style="fill:var(--card)"/>'
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-20 -20 {WIDTH + 40} {HEIGHT + 64}">'
-        f"<style>{STYLE} text{{font:14px system-ui,sans-serif;fill:var(--ink)}}</style>{ground}"
-        f'<text y="8">{names}</text>{placed}</svg>\n'
-    )
+    return standing_alone([f'<text y="8">{names}</text>', placed], WIDTH, HEIGHT + 24)
 
 
 def main() -> int:

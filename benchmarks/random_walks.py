@@ -32,7 +32,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from dressage import assemble
 from dressage.algorithms.catalog import ALGORITHMS, algorithm
-from dressage.config import DataConfig, ModelConfig, OptimizerConfig, PpoConfig, SftConfig, TrainingConfig
+from dressage.config import DataConfig, OptimizerConfig, PpoConfig, SftConfig, TrainingConfig
 from dressage.data.collate import collate_demonstrations
 from dressage.data.template import ChatTemplate, Encoded
 from dressage.experience.build import tensors_of
@@ -45,6 +45,7 @@ from dressage.monitor.writers import METRICS_FILE
 from dressage.pipeline import settings_hash, write_json
 from dressage.rollout.engine import Engine
 from dressage.schema import Demonstration, Message, Prompt, Reward, Rollout, Sampling
+from dressage.settings import ModelConfig
 from dressage.training.batch_sources import DatasetSource, RolloutSource, logprobs_of
 from dressage.training.online import updates_of
 from dressage.training.trainer import BatchSource, train
@@ -420,7 +421,11 @@ def curves(found: Mapping[str, Mapping[str, Any]]) -> str:
         chart = line_chart(lines, title=title, step_word="round", marks=[Mark(PROMISED, f"{PROMISED}")])
         placed = chart.replace("<svg ", f'<svg y="{LEGEND}" width="{WIDTH}" height="{HEIGHT}" ', 1)
         parts.append(f'<g transform="translate({x} {y})"><text y="14"><tspan>{title}</tspan>{names}</text>{placed}</g>')
-    width, height = 2 * WIDTH + GAP, (len(charts) + 1) // 2 * (HEIGHT + LEGEND + GAP)
+    return standing_alone(parts, 2 * WIDTH + GAP, (len(charts) + 1) // 2 * (HEIGHT + LEGEND + GAP))
+
+
+def standing_alone(parts: Sequence[str], width: int, height: int) -> str:
+    """A file of its own: parts of a picture with a ground, a margin and the report's style."""
     ground = f'<rect x="-20" y="-20" width="{width + 40}" height="{height + 40}" style="fill:var(--card)"/>'
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-20 -20 {width + 40} {height + 40}">'

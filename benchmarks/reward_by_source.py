@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from dressage import assemble
-from dressage.config import ModelConfig, RewardConfig
+from dressage.config import RewardConfig
 from dressage.data.prepare import prepare_rankings
 from dressage.data.sources import read_rankings
 from dressage.models.files import load_backbone, load_reward_model
+from dressage.settings import ModelConfig
 from dressage.stages.comparing import ranked_scores, reward_accuracy
 
 

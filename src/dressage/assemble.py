@@ -14,24 +14,12 @@ from rich.console import Console
 
 from dressage.algorithms.catalog import Algorithm, preference_algorithm
 from dressage.config import (
-    ClassifierPart,
     DataConfig,
     DpoConfig,
-    EnsemblePart,
-    ExactPart,
-    FunctionPart,
-    JudgePart,
-    LengthPart,
     LoraConfig,
-    ModelConfig,
-    ModelPart,
-    NumberPart,
     OptimizerConfig,
-    PatternPart,
     PpoConfig,
-    RemotePart,
     RewardConfig,
-    RewardPart,
     SftConfig,
     TrainingConfig,
 )
@@ -63,6 +51,19 @@ from dressage.models.lora import Backbone
 from dressage.models.pretrained import load_tokenizer, model_shape, reads_both_ways
 from dressage.models.roles import Role, ScalarHead
 from dressage.monitor.writers import Monitor
+from dressage.reward_parts import (
+    ClassifierPart,
+    EnsemblePart,
+    ExactPart,
+    FunctionPart,
+    JudgePart,
+    LengthPart,
+    ModelPart,
+    NumberPart,
+    PatternPart,
+    RemotePart,
+    RewardPart,
+)
 from dressage.rewards import verifiers
 from dressage.rewards.check import check_targets, try_out
 from dressage.rewards.classifier import load_classifier
@@ -74,6 +75,7 @@ from dressage.rewards.parts import Grade, Part
 from dressage.rewards.remote import RemoteReward
 from dressage.rollout.engine import Engine
 from dressage.schema import Prompt
+from dressage.settings import ModelConfig
 from dressage.training.optimizer import Optimizer, learning_rate
 from dressage.training.update import Learner
 

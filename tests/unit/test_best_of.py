@@ -13,13 +13,13 @@ from rich.console import Console
 
 from dressage import assemble
 from dressage.algorithms.selection import best_of_n_kl
-from dressage.config import ModelConfig
 from dressage.errors import ConfigError
 from dressage.models.files import load_backbone
 from dressage.recipe import load_stage
 from dressage.rollout.native import NativeEngine
 from dressage.schema import Prompt, Reward, Rollout, Sampling
 from dressage.serving.chat import BestOf
+from dressage.settings import ModelConfig
 
 NAMES = ["Ann", "Ben", "Cem"]
 

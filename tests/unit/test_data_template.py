@@ -332,8 +332,8 @@ def test_what_cannot_be_rendered(tokenizers: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="session")
 def smollm() -> Any:
-    from dressage.config import ModelConfig
     from dressage.models.pretrained import load_tokenizer
+    from dressage.settings import ModelConfig
 
     try:
         return load_tokenizer(ModelConfig())

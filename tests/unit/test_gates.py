@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dressage.assemble import Rows, build_rows, build_template
-from dressage.config import DataConfig, ModelConfig
+from dressage.config import DataConfig
 from dressage.data.collate import collate_demonstrations
 from dressage.data.prepare import EncodedRanking
 from dressage.data.template import ChatTemplate, Encoded
@@ -20,6 +20,7 @@ from dressage.evaluation.win_rate import calibration_error
 from dressage.models.files import load_backbone
 from dressage.models.roles import Role, ScalarHead
 from dressage.schema import Completion, Demonstration, Message, Prompt, Ranking
+from dressage.settings import ModelConfig
 from dressage.stages import gates
 from dressage.stages.gates import Ruling
 

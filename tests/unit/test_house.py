@@ -24,7 +24,17 @@ PAGES = [
     "docs/trust.md",
 ]
 
-LIGHT = ["__init__.py", "cli.py", "config.py", "errors.py", "schema.py", "feedback", "monitor"]
+LIGHT = [
+    "__init__.py",
+    "cli.py",
+    "config.py",
+    "errors.py",
+    "reward_parts.py",
+    "schema.py",
+    "settings.py",
+    "feedback",
+    "monitor",
+]
 """Imported for `--help` and by tools that only read settings or records."""
 
 IMPORT_ALL = """

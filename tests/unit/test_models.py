@@ -11,7 +11,7 @@ import torch
 from torch.testing import assert_close
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-from dressage.config import LoraConfig, ModelConfig
+from dressage.config import LoraConfig
 from dressage.errors import CheckpointError, ModelError
 from dressage.models.files import (
     Normalisation,
@@ -26,6 +26,7 @@ from dressage.models.lora import Backbone
 from dressage.models.pretrained import compute_dtype, lineage
 from dressage.models.roles import Role, ScalarHead
 from dressage.models.scoring import score_sequences, score_tokens, score_values
+from dressage.settings import ModelConfig
 
 EXACT = {"rtol": 0.0, "atol": 1e-5}
 

@@ -15,7 +15,7 @@ from dressage import assemble
 from dressage.algorithms.catalog import algorithm
 from dressage.algorithms.trust_region import exact_kl
 from dressage.batches import Experience, PreferenceBatch, SupervisedBatch, select
-from dressage.config import LoraConfig, ModelConfig, OptimizerConfig, PpoConfig
+from dressage.config import LoraConfig, OptimizerConfig, PpoConfig
 from dressage.errors import ConfigError
 from dressage.models.files import load_backbone, weights_hash
 from dressage.models.roles import Role, ScalarHead
@@ -23,6 +23,7 @@ from dressage.models.scoring import score_logits, score_tokens, score_values
 from dressage.monitor.writers import read_metrics
 from dressage.recipe import load_stage, read_yaml, recipes
 from dressage.schema import Reward, Rollout
+from dressage.settings import ModelConfig
 from dressage.training.batch_sources import RolloutSource
 from dressage.training.online import online_algorithm
 from dressage.training.optimizer import Optimizer

@@ -27,7 +27,7 @@ from transformers import (
 from dressage.algorithms.catalog import algorithm
 from dressage.assemble import build_reward_role, build_template
 from dressage.batches import PreferenceBatch
-from dressage.config import DataConfig, LoraConfig, ModelConfig, OptimizerConfig, RewardConfig
+from dressage.config import DataConfig, LoraConfig, OptimizerConfig, RewardConfig
 from dressage.errors import ModelError
 from dressage.models.files import load_backbone, load_reward_model, save_role
 from dressage.models.pretrained import load_tokenizer, model_class
@@ -36,6 +36,7 @@ from dressage.models.scoring import score_sequences
 from dressage.monitor.writers import read_metrics
 from dressage.rewards.learned import score_rows
 from dressage.schema import Message, Prompt
+from dressage.settings import ModelConfig
 from dressage.training.optimizer import Optimizer
 from dressage.training.update import Learner
 

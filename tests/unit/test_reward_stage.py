@@ -14,7 +14,7 @@ import pytest
 from torch.testing import assert_close
 
 from dressage.assemble import build_rows, build_template
-from dressage.config import DataConfig, ModelConfig
+from dressage.config import DataConfig
 from dressage.data.merge import merged, standardised
 from dressage.data.prepare import EncodedRanking
 from dressage.data.template import Encoded
@@ -23,6 +23,7 @@ from dressage.models.files import load_reward_model
 from dressage.monitor.writers import read_metrics
 from dressage.rewards.learned import score_rows
 from dressage.schema import Prompt, Ranking
+from dressage.settings import ModelConfig
 
 Command = Callable[..., Any]
 Write = Callable[..., Path]

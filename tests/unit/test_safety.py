@@ -109,7 +109,7 @@ def test_weights_are_read_from_safetensors_alone() -> None:
 
 def test_code_of_a_model_runs_only_by_the_setting() -> None:
     """Point 2: the flag is only ever the setting's, and that is off."""
-    from dressage.config import ModelConfig
+    from dressage.settings import ModelConfig
 
     flags = {
         ast.unparse(keyword.value)

@@ -20,16 +20,7 @@ from dressage import assemble
 from dressage.algorithms.catalog import Algorithm, algorithm
 from dressage.algorithms.policy_gradient import PolicyGradientSettings
 from dressage.batches import Experience
-from dressage.config import (
-    DataConfig,
-    DpoConfig,
-    LoraConfig,
-    ModelConfig,
-    PpoConfig,
-    RewardConfig,
-    Settings,
-    SftConfig,
-)
+from dressage.config import DataConfig, DpoConfig, LoraConfig, PpoConfig, RewardConfig, SftConfig
 from dressage.data.prepare import (
     Prepared,
     prepare_demonstrations,
@@ -49,6 +40,7 @@ from dressage.models.scoring import score_sequences, score_tokens
 from dressage.rewards.learned import LearnedReward, Scorer
 from dressage.rollout.engine import evaluating
 from dressage.schema import Demonstration, Message, Prompt, Rollout, Sampling
+from dressage.settings import ModelConfig, Settings
 from dressage.training.batch_sources import logprobs_of
 from dressage.training.online import online_algorithm
 

@@ -10,16 +10,7 @@ from typing import Any
 from dressage import assemble
 from dressage.assemble import located
 from dressage.batches import RatingBatch
-from dressage.config import (
-    STAGE_KINDS,
-    DataConfig,
-    DpoConfig,
-    ModelConfig,
-    PpoConfig,
-    RewardConfig,
-    Settings,
-    SftConfig,
-)
+from dressage.config import STAGE_KINDS, DataConfig, DpoConfig, PpoConfig, RewardConfig, SftConfig
 from dressage.data.sources import read_demonstrations, read_prompts, read_rankings, read_ratings
 from dressage.data.template import ChatTemplate
 from dressage.doctor.subject import Subject, Text, main_stage, read_text
@@ -28,6 +19,7 @@ from dressage.models.files import role_meta, saved_model
 from dressage.models.pretrained import ADAPTER_FILE, ROLE_FILE
 from dressage.monitor.run_folder import read_stages
 from dressage.recipe import kind_of, load_pipeline, load_stage, override, parse, read_yaml
+from dressage.settings import ModelConfig, Settings
 
 STARTER = "quickstart"
 Stages = Mapping[str, Settings]

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dressage.config import LoraConfig, ModelConfig, Pooling, Positive, Settings
+from dressage.config import LoraConfig
 from dressage.errors import CheckpointError, ModelError
 from dressage.models.lora import Backbone, peft_config
 from dressage.models.pretrained import (
@@ -31,6 +31,7 @@ from dressage.models.pretrained import (
     reads_both_ways,
 )
 from dressage.models.roles import Role, ScalarHead
+from dressage.settings import ModelConfig, Pooling, Positive, Settings
 
 WEIGHTS = "adapter_model.safetensors"
 HEAD = "head.safetensors"

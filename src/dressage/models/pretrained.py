@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from dressage.config import ModelConfig
 from dressage.errors import ModelError
+from dressage.settings import ModelConfig
 
 PACKAGED = "packaged"
 ROLE_FILE = "role.json"

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dressage.config import Pooling
 from dressage.models.lora import Backbone
+from dressage.settings import Pooling
 from dressage.tensors import position_ids
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from rich.console import Console
 
-from dressage.config import HealthConfig, Settings
+from dressage.config import HealthConfig
 from dressage.monitor.watch import require_known
+from dressage.settings import Settings
 from dressage.stages.answering import rank, sample
 from dressage.stages.comparing import evaluate
 from dressage.stages.learning import dpo, ppo, reward, sft

@@ -19,7 +19,6 @@ import torch
 from rich.console import Console
 
 from dressage.assemble import Rows
-from dressage.config import Settings
 from dressage.data.order import length_sorted_chunks
 from dressage.data.prepare import EncodedRanking
 from dressage.data.template import ChatTemplate, Encoded
@@ -33,6 +32,7 @@ from dressage.pipeline import GATE, named_paths, write_json
 from dressage.rewards.learned import SCORING_TOKENS, score_rows
 from dressage.rollout.engine import Engine
 from dressage.schema import Demonstration, Prompt, Ranking, Rating, Sampling
+from dressage.settings import Settings
 from dressage.tensors import pad_right
 
 Verdict = Literal["ok", "warn", "fail"]

@@ -37,12 +37,10 @@ from dressage.config import (
     DpoConfig,
     EvaluateConfig,
     LoraConfig,
-    ModelConfig,
     PpoConfig,
     RankConfig,
     RewardConfig,
     SampleConfig,
-    Settings,
     SftConfig,
     TrainingConfig,
 )
@@ -53,6 +51,7 @@ from dressage.models.files import role_meta, saved_model
 from dressage.models.lora import Backbone
 from dressage.models.pretrained import compute_dtype, model_class, model_shape
 from dressage.monitor.writers import clock
+from dressage.settings import ModelConfig, Settings
 from dressage.training.online import learnt_answers, online_algorithm, online_settings, ranked_answers
 
 Records = Literal["demonstrations", "rankings", "ratings", "prompts"]
