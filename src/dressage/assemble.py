@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -77,6 +77,7 @@ from dressage.rollout.engine import Engine
 from dressage.schema import Prompt
 from dressage.settings import ModelConfig
 from dressage.training.optimizer import Optimizer, learning_rate
+from dressage.training.preflight import Reader, shape_of, within
 from dressage.training.update import Learner
 
 Records = Literal["demonstrations", "rankings", "ratings", "prompts"]
@@ -252,7 +253,7 @@ def _begun(config: RewardConfig, folder: Path, model: ModelConfig) -> Role:
 
 def build_engine(kind: Literal["native", "huggingface"], role: Role, template: ChatTemplate, max_batch: int) -> Engine:
     """A sampler of this role's answers."""
-    stops = {"stop_tokens": template.stop_tokens, "pad_token": template.pad_token, "active": role.speaking}
+    stops = {"stop_tokens": template.stop_tokens, "pad_token": template.pad_token, "active": role.sampling}
     match kind:
         case "native":
             from dressage.rollout.native import NativeEngine
@@ -277,8 +278,12 @@ def build_learner(
     *,
     value: Role | None = None,
     reference: Role | None = None,
+    others: Iterable[Role] = (),
 ) -> Learner:
-    """Who learns, with an optimizer over what each role learns; `updates` optimizer steps in all."""
+    """Who learns, with an optimizer over what each role learns; `updates` optimizer steps in all.
+
+    `others` are in memory too, and count where training.memory_gb is set; ConfigError if that is too little.
+    """
     groups: dict[str, Mapping[str, Any]] = {"policy": policy.parameters()}
     if value is not None:
         groups["value"] = value.parameters()
@@ -301,10 +306,28 @@ def build_learner(
         reference=reference,
         optimizer=Optimizer(groups, optimizer),
         rates=rates,
-        micro_batch_tokens=config.training.micro_batch_tokens,
+        micro_batch_tokens=_within_memory(config, policy, value, others),
         temperature=config.rollout.temperature if isinstance(config, PpoConfig) else 1.0,
         max_length=config.rollout.max_new_tokens if isinstance(config, PpoConfig) else 1,
     )
+
+
+def _within_memory(
+    config: SftConfig | RewardConfig | DpoConfig | PpoConfig, policy: Role, value: Role | None, others: Iterable[Role]
+) -> int:
+    """Tokens of a micro-batch."""
+    models = [config.model]
+    if isinstance(config, PpoConfig) and value is not None:
+        models.append(config.value.model or config.model)
+    roles = [policy, *([value] if value else [])]
+    learners = [
+        Reader(shape_of(model), role.backbone.configs[role.adapter][0] if role.adapter else None, role.depth)
+        for model, role in zip(models, roles, strict=True)
+    ]
+    loaded = {id(role.backbone): role.backbone.model for role in (*roles, *others)}
+    weights = sum(parameter.numel() for model in loaded.values() for parameter in model.parameters())
+    learning = sum(parameter.numel() for role in roles for parameter in role.parameters().values())
+    return within(config.training, learners[0].shape, weights - learning, learners).micro_batch_tokens
 
 
 def build_preference_algorithm(config: DpoConfig) -> Algorithm:

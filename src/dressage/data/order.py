@@ -28,24 +28,34 @@ def _permutation(n_rows: int, epoch: int, seed: int) -> tuple[int, ...]:
 
 
 def length_sorted_chunks(
-    lengths: Sequence[int], max_tokens: int, group: Sequence[Hashable] | None = None
+    lengths: Sequence[int],
+    max_tokens: int,
+    group: Sequence[Hashable] | None = None,
+    beside: Sequence[Hashable] | None = None,
 ) -> list[list[int]]:
     """Cut a batch into micro-batches of at most `max_tokens` padded tokens (rows x longest), the longest rows first.
 
     Rows of one `group` stay together, in their order. A row or group that is over the budget by itself is a micro-batch
-    by itself. Returns row indices; every row is in exactly one list.
+    by itself. Rows that are equal in `beside` follow each other, and are cut apart where the budget ends. Returns row
+    indices; every row is in exactly one list.
     """
     together: dict[Hashable, list[int]] = {}
     for row, _ in enumerate(lengths):
         together.setdefault(row if group is None else group[row], []).append(row)
-    units = sorted(together.values(), key=lambda rows: max(lengths[row] for row in rows), reverse=True)
+    units = sorted(((max(lengths[row] for row in rows), rows) for rows in together.values()), key=lambda unit: -unit[0])
+    if beside is not None:
+        # The first of each kind is its longest.
+        place: dict[Hashable, int] = {}
+        for _, rows in units:
+            place.setdefault(beside[rows[0]], len(place))
+        units.sort(key=lambda unit: place[beside[unit[1][0]]])
     chunks: list[list[int]] = []
     longest = 0
-    for rows in units:
-        # Longest first: what is added never makes the rows already there longer.
-        if chunks and longest * (len(chunks[-1]) + len(rows)) <= max_tokens:
+    for length, rows in units:
+        if chunks and max(longest, length) * (len(chunks[-1]) + len(rows)) <= max_tokens:
             chunks[-1] += rows
+            longest = max(longest, length)
         else:
             chunks.append(list(rows))
-            longest = max(lengths[row] for row in rows)
+            longest = length
     return chunks

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from torch.nn import functional as F
 
 from dressage.config import LoraConfig
 from dressage.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from dressage.models.reading import Trunk
 
 
 class LoraLinear(nn.Module):
@@ -31,6 +34,7 @@ class LoraLinear(nn.Module):
         self.scale: dict[str, float] = {}
         self.dropout: dict[str, float] = {}
         self.active: str | None = None
+        self.merged: tuple[str, Tensor] | None = None  # an adapter's name, and the weight it is added into
         self.training = False
 
     @property
@@ -40,13 +44,59 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        y: Tensor = self.base(x)
         name = self.active
         if name is None or name not in self.down:
-            return y
-        dropped = F.dropout(x, self.dropout[name], self.training)
-        low = F.linear(dropped, self.down[name].to(x.dtype))
-        return y + F.linear(low, (self.up[name] * self.scale[name]).to(x.dtype))
+            plain: Tensor = self.base(x)
+            return plain
+        bias: Tensor | None = self.base.bias  # type: ignore[assignment]
+        if self.merged is not None and self.merged[0] == name:
+            whole: Tensor = F.linear(x, self.merged[1], bias)
+            return whole
+        if self.training and self.dropout[name]:
+            dropped = F.dropout(x, self.dropout[name])
+            low = F.linear(dropped, self.down[name].to(x.dtype))
+            y: Tensor = self.base(x)
+            return y + F.linear(low, (self.up[name] * self.scale[name]).to(x.dtype))
+        frozen = self.frozen_weight(), bias
+        adapted: Tensor = _Adapted.apply(x, *frozen, self.down[name], self.up[name], self.scale[name])  # type: ignore[no-untyped-call]
+        return adapted
+
+    def delta(self, name: str) -> Tensor:
+        """What an adapter adds to the weight [out, in], in float32."""
+        added: Tensor = self.scale[name] * (self.up[name].float() @ self.down[name].float())
+        return added
+
+    def frozen_weight(self) -> Tensor:
+        """[out, in], whatever the base keeps."""
+        return self.weight.T if self.transposed else self.weight
+
+
+class _Adapted(torch.autograd.Function):
+    """x W' + b + scale x down' up', added up in place: only x is kept, and no sum of this size is made twice.
+
+    What goes back is written in products that can be derived once more (TRPO does).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, down, up)
+        ctx.scale = scale
+        y = F.linear(x, weight, bias)
+        low = F.linear(x, down.to(x.dtype))
+        y.view(-1, y.shape[-1]).addmm_(low.view(-1, low.shape[-1]), up.to(x.dtype).T, alpha=scale)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, of_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, down, up = ctx.saved_tensors
+        narrow = down.to(x.dtype)
+        rows, of_rows = x.flatten(0, -2), of_y.flatten(0, -2)
+        of_low = ctx.scale * (of_rows @ up.to(x.dtype))
+        of_x = (of_rows @ weight).addmm(of_low, narrow).view_as(x) if ctx.needs_input_grad[0] else None
+        of_up = of_rows.T @ (ctx.scale * (rows @ narrow.T))
+        return of_x, None, None, (of_low.T @ rows).to(down.dtype), of_up.to(up.dtype), None
 
 
 class Backbone:
@@ -58,6 +108,11 @@ class Backbone:
         self.layers: nn.ModuleList = _layers(self.decoder, model.config.get_text_config().num_hidden_layers)
         self.linears: dict[str, LoraLinear] = {}
         self.configs: dict[str, tuple[LoraConfig, list[str]]] = {}
+        self.first_layer: dict[str, int] = {}
+        self.trunk: Trunk | None = None
+        """What its lowest layers made of texts, while that is worth remembering."""
+        self.reads_trees: bool | None = None
+        """Whether it can be given a batch as a tree; None: nobody has asked."""
 
     @property
     def depth(self) -> int:
@@ -97,6 +152,7 @@ class Backbone:
             linear.scale[name] = config.alpha / config.rank
             linear.dropout[name] = config.dropout
         self.configs[name] = (config, targets)
+        self.first_layer[name] = first
 
     def freeze_base(self) -> None:
         """Adapters keep learning, everything else does not."""
@@ -138,8 +194,7 @@ class Backbone:
         with torch.no_grad():
             for path in self.configs[name][1]:
                 linear = self.linears[path]
-                delta = linear.scale[name] * (linear.up[name].float() @ linear.down[name].float())
-                weight = linear.weight
+                weight, delta = linear.weight, linear.delta(name)
                 weight.copy_((weight.float() + (delta.T if linear.transposed else delta)).to(weight.dtype))
         self.drop_adapter(name)
         self._unwrap()
@@ -155,6 +210,24 @@ class Backbone:
         finally:
             for path, linear in self.linears.items():
                 linear.active = before[path]
+
+    @contextmanager
+    def merged(self, name: str | None) -> Iterator[None]:
+        """Within, this adapter, when it speaks, is part of its layers' weights: quicker, for a copy of them in memory.
+
+        Equal to rounding in float32. A narrower type would round the adapter away: there, nothing is merged.
+        """
+        paths = [] if name is None else self.configs[name][1]
+        linears = [linear for path in paths if (linear := self.linears[path]).weight.dtype == torch.float32]
+        with torch.no_grad():
+            for linear in linears:
+                assert name is not None
+                linear.merged = (name, linear.frozen_weight() + linear.delta(name))
+        try:
+            yield
+        finally:
+            for linear in linears:
+                linear.merged = None
 
     @contextmanager
     def dropout(self) -> Iterator[None]:

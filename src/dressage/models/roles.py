@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dressage.models.lora import Backbone
+from dressage.models.reading import read, read_padded, reads_trees, tree_of
 from dressage.settings import Pooling
-from dressage.tensors import position_ids
 
 
 class ScalarHead(nn.Module):
@@ -72,36 +70,24 @@ class Role:
         with self.backbone.using(self.adapter):
             yield
 
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        """As `speaking`, at the speed of a model without adapters where memory for it is spent (see `merged`)."""
+        with self.speaking(), self.backbone.merged(self.adapter):
+            yield
+
     def hidden(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
-        """Hidden states [B, T, H]; padding may stand on either side."""
-        inputs: dict[str, Any] = {
-            "input_ids": tokens,
-            "attention_mask": attention_mask.long(),
-            "position_ids": position_ids(attention_mask) + self.backbone.first_position,
-            "use_cache": False,
-        }
-        known = inspect.signature(self.backbone.decoder.forward).parameters
-        inputs = {name: value for name, value in inputs.items() if name in known}
+        """Hidden states [B, T, H]; padding may stand on either side, and gets any.
+
+        What several texts begin with is computed once, and padding not at all, where the architecture allows it.
+        """
         with self.speaking():
-            if self.depth is None or self.depth == self.backbone.depth:
-                hidden: Tensor = self.backbone.decoder(**inputs).last_hidden_state
-                return hidden
-            # The layer after the last one that is read hands its input back, whatever the architecture.
-            hook = self.backbone.layers[self.depth].register_forward_pre_hook(_hand_back, with_kwargs=True)
-            try:
-                self.backbone.decoder(**inputs)
-            except _Reached as reached:
-                # Inner states are not normed: bring them to the scale a head expects.
-                return F.layer_norm(reached.hidden, reached.hidden.shape[-1:])
-            finally:
-                hook.remove()
-        raise AssertionError("the decoder did not call its layers")
-
-
-class _Reached(Exception):
-    def __init__(self, hidden: Tensor) -> None:
-        self.hidden = hidden
-
-
-def _hand_back(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
-    raise _Reached(args[0] if args else kwargs["hidden_states"])
+            if reads_trees(self.backbone):
+                tree = tree_of(tokens, attention_mask)
+                states = F.embedding(tree.place, read(self.backbone, tree, self.adapter, self.depth))
+            else:
+                states = read_padded(self.backbone, tokens, attention_mask, self.depth)
+        if self.depth is None or self.depth == self.backbone.depth:
+            return states
+        # Inner states are not normed: bring them to the scale a head expects.
+        return F.layer_norm(states, states.shape[-1:])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,6 +11,7 @@ import torch
 from dressage.batches import Ints, PerSequence
 from dressage.data.order import length_sorted_chunks
 from dressage.data.template import ChatTemplate
+from dressage.models.reading import reads_trees
 from dressage.models.roles import Role
 from dressage.models.scoring import score_sequences
 from dressage.schema import Reward, Rollout
@@ -42,7 +43,8 @@ class LearnedReward:
 
     def grade(self, rollouts: Sequence[Rollout]) -> list[float]:
         """The model's normalised score of each answer."""
-        scores: list[float] = score_rows(self.role, [self._tokens(rollout) for rollout in rollouts]).tolist()
+        rows, prompts = [self._tokens(rollout) for rollout in rollouts], [rollout.prompt.tokens for rollout in rollouts]
+        scores: list[float] = score_rows(self.role, rows, beside=prompts).tolist()
         return scores
 
     def _tokens(self, rollout: Rollout) -> Sequence[int]:
@@ -63,12 +65,15 @@ def pessimistic(members: Sequence[LearnedReward], uncertainty_coef: float, rollo
 
 
 @torch.no_grad()
-def score_rows(role: Role, rows: Sequence[Sequence[int]]) -> PerSequence:
-    """Scores [N] of token rows, each read at its last token; how rows are batched changes nothing."""
+def score_rows(role: Role, rows: Sequence[Sequence[int]], beside: Sequence[Hashable] | None = None) -> PerSequence:
+    """Scores [N] of token rows, each read at its last token; how rows are batched changes nothing.
+
+    Rows equal in `beside` begin alike, and are read together where that saves work.
+    """
     lengths = [len(row) for row in rows]
     scores = torch.zeros(len(rows))
     device = role.backbone.device
-    for chunk in length_sorted_chunks(lengths, SCORING_TOKENS):
+    for chunk in length_sorted_chunks(lengths, SCORING_TOKENS, beside=beside if reads_trees(role.backbone) else None):
         tokens: Ints = pad_right([rows[i] for i in chunk], 0).to(device)
         last = torch.tensor([lengths[i] - 1 for i in chunk], device=device)
         mask = torch.arange(tokens.shape[1], device=device) <= last[:, None]

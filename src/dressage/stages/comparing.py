@@ -27,7 +27,10 @@ EVALUATION = "evaluation.json"
 
 def ranked_scores(role: Role, rows: Sequence[EncodedRanking]) -> list[float]:
     """The score of each answer, in the order in which rows and answers stand."""
-    scores: list[float] = score_rows(role, [answer.tokens for row in rows for answer in row.answers]).tolist()
+    answers = [(number, answer.tokens) for number, row in enumerate(rows) for answer in row.answers]
+    scores: list[float] = score_rows(
+        role, [tokens for _, tokens in answers], [number for number, _ in answers]
+    ).tolist()
     return scores
 
 

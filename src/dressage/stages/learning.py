@@ -217,7 +217,15 @@ def ppo(config: PpoConfig, folder: Path, console: Console | None) -> None:
         gold=None if config.gold is None else partial(_gold, config.gold),
     )
     whole = online_settings(row).full_kl or config.kl.watch_full
-    learner = assemble.build_learner(row, policy, config, updates, value=value, reference=reference if whole else None)
+    learner = assemble.build_learner(
+        row,
+        policy,
+        config,
+        updates,
+        value=value,
+        reference=reference if whole else None,
+        others=[reference, *learned.values()],
+    )
     _train(source, learner, config, folder, steps, console)
     if critic is not None:
         save_role(folder / "value", critic[0], "value", critic[1], tokenizer=template.tokenizer)

@@ -30,6 +30,7 @@ from dressage.data.template import ChatTemplate, Encoded
 from dressage.errors import EngineError
 from dressage.experience.buffer import minibatches
 from dressage.experience.build import ExperienceReport, Samples, build_experience, earned, tensors_of, unlike
+from dressage.models.reading import new_trunk, reads_trees
 from dressage.models.roles import Role
 from dressage.models.scoring import score_tokens, score_values
 from dressage.monitor.diversity import distinct
@@ -45,6 +46,8 @@ Row = TypeVar("Row")
 OfflineBatch = SupervisedBatch | PreferenceBatch | RatingBatch
 SCORING_TOKENS = 2048
 """Padded tokens scored at once without gradient: no activations are kept, so this is small beside a training pass."""
+TRUNK_BYTES = 256 << 20
+"""Kept at most of what the layers below every adapter make of a round's answers."""
 SHOWN = 2
 """Answers a round that are shown."""
 
@@ -117,10 +120,14 @@ class RolloutSource:
     def __post_init__(self) -> None:
         self.kl_coef = self.config.kl.coef
         self.old_kl_coef = online_settings(self.algorithm).old_kl_coef
+        backbone = self.policy.backbone
+        backbone.trunk = new_trunk(backbone, self.policy.adapter, TRUNK_BYTES)
 
     def draw(self, step: int) -> Round:
         """A round: sample, score, build, cut into minibatches."""
         config, began = self.config, time.perf_counter()
+        if self.policy.backbone.trunk is not None:
+            self.policy.backbone.trunk.forget()
         drawn = self._draw(step)
         rollouts, rewards = drawn.rollouts, drawn.rewards
         samples = tensors_of(rollouts, self.template.pad_token)
@@ -340,7 +347,8 @@ def logprobs_of(role: Role, samples: Samples, temperature: float) -> PerToken:
 def _in_pieces(role: Role, samples: Samples, score: Callable[[Tensor, Mask, Mask], Tensor], *kinds: int) -> Tensor:
     result = torch.zeros(*samples.tokens.shape, *kinds)
     with torch.no_grad():
-        for rows in pieces(samples.attention_mask, SCORING_TOKENS):
+        beside = samples.group if reads_trees(role.backbone) else None
+        for rows in pieces(samples.attention_mask, SCORING_TOKENS, beside=beside):
             width = int(samples.attention_mask[rows].sum(-1).amax())
             fields = (samples.tokens, samples.attention_mask, samples.response_mask)
             tokens, mask, wanted = (field[rows, :width].to(role.backbone.device) for field in fields)

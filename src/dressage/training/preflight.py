@@ -46,7 +46,7 @@ from dressage.config import (
 )
 from dressage.data.order import batch_indices, length_sorted_chunks, steps_per_epoch
 from dressage.data.sources import read_rankings
-from dressage.errors import DataError
+from dressage.errors import ConfigError, DataError
 from dressage.models.files import role_meta, saved_model
 from dressage.models.lora import Backbone
 from dressage.models.pretrained import compute_dtype, model_class, model_shape
@@ -64,6 +64,8 @@ Said = dict[str, str]
 PROCESS_BYTES = 0.43e9
 KEPT = 1.5
 LOGITS, CHUNK = 2, 256
+LEAST = 64
+"""Tokens of the smallest micro-batch that a budget of memory is cut into, and of its steps."""
 OVERHEAD = 1.5
 """Norms, attention, copies and Python beside the products; measured on SmolLM2-135M on two cores."""
 LAID_OUT = 200
@@ -131,6 +133,30 @@ class Reader:
         return KEPT * self.learnt * self.shape.layer_ends * self.shape.bytes_each
 
 
+def memory_of(shape: Shape, frozen: int, learning: int, working: float) -> float:
+    """Bytes at the peak, `working` of them for activations, or for keys and values while sampling."""
+    logits = LOGITS * CHUNK * shape.vocabulary * 4
+    return PROCESS_BYTES + frozen * shape.bytes_each + 16 * learning + working + logits
+
+
+def within(training: TrainingConfig, shape: Shape, frozen: int, learners: Sequence[Reader]) -> TrainingConfig:
+    """With as many tokens a micro-batch as training.memory_gb has room for, if it is set.
+
+    ConfigError where not even LEAST fit. `frozen`: weights in memory that do not learn.
+    """
+    if training.memory_gb is None:
+        return training
+    learning, each = (sum(getattr(one, name) for one in learners) for name in ("learning", "kept_bytes"))
+    fixed = memory_of(shape, frozen, learning, 0.0)
+    tokens = int((training.memory_gb * 1e9 - fixed) / each) // LEAST * LEAST
+    if tokens < LEAST:
+        raise ConfigError(
+            f"training.memory_gb={training.memory_gb}: weights and what learns alone take {fixed / 1e9:.1f} GB; set"
+            f" it to {(fixed + LEAST * each) / 1e9 + 0.05:.1f} or more, or lora.layers, lora.rank to less"
+        )
+    return training.model_copy(update={"micro_batch_tokens": tokens})
+
+
 class Row(NamedTuple):
     """Tokens of each sequence of a record (a ranking has several), and how many of them are answers'."""
 
@@ -189,15 +215,15 @@ class Foresight:
             if RatingBatch in row.losses:
                 kind, passes = "ratings", 2 * passes
         train, heldout, known = self._rows(kind, config.data, config.model, config.seed)
-        training = config.training
+        shape = shape_of(model)
+        reader = Reader(shape, config.lora, getattr(config, "depth", None))
+        training = within(config.training, shape, _frozen(shape, 1, (), [reader]), [reader])
         steps = training.steps or training.epochs * steps_per_epoch(len(train), training.batch_size)
         laid = [
             [train[i] for i in batch_indices(len(train), training.batch_size, step, config.seed)]
             for step in range(min(steps, LAID_OUT))
         ]
         cut = [list(_cut(rows, training)) for rows in laid]
-        shape = shape_of(model)
-        reader = Reader(shape, config.lora, getattr(config, "depth", None))
         padded = fmean(sum(sizes) for sizes in cut)
         answers = (
             fmean(sum(row.answers for row in rows) for rows in laid) if not isinstance(config, RewardConfig) else 0.0
@@ -259,6 +285,9 @@ class Foresight:
         taught = [asked[i % learnt * len(asked) // learnt] for i in range(at_last)]
         k = ranked_answers(row, config) if PreferenceBatch in row.losses else 1
         units = [Row(one.lengths * k, one.answers * k) for one in taught[::k]]
+        # With whole weights the reference is a model of its own; so are the first weights, to begin from again.
+        copies = 1 if config.lora is not None else 2 + row.afresh
+        training = within(training, shape, _frozen(shape, copies, others, learners), learners)
         cut = [list(_cut(units[start : start + size // k], training)) for start in range(0, len(units), size // k)]
         # Sampling; then the reference's and, unless the engine's are taken, the policy's log-probs; then the reward.
         trunk_critic = "value" in row.roles and not own_critic
@@ -288,8 +317,6 @@ class Foresight:
             flops += updates * config.ptx.batch_size * length * policy.training
             ptx = f", and {config.ptx.batch_size} demonstrations of {length:.0f} tokens in each update"
         cached = min(rollout.max_batch, answers) * max(row.lengths[0] for row in asked)
-        # With whole weights the reference is a model of its own; so are the first weights, to begin from again.
-        copies = 1 if config.lora is not None else 2 + row.afresh
         most = max(map(max, cut))
         return {
             "data": f"{len(prompts)} prompts; {_lengths(prompts)}{_if_known(known)}",
@@ -348,13 +375,10 @@ class Foresight:
         `cached`: tokens whose keys and values are kept; `others`: models in memory beside the `copies` of this one.
         """
         learning = sum(learner.learning for learner in learners)
-        # Weights that learn are among the 16 bytes each, and are not counted again.
-        loaded = copies * shape.weights + sum(other.weights for other in others)
-        frozen = loaded - sum(learner.learning for learner in learners if learner.lora is None)
+        frozen = _frozen(shape, copies, others, learners)
         activations = micro_batch * sum(learner.kept_bytes for learner in learners)
         cache = cached * shape.depth * shape.cached * shape.bytes_each
-        logits = LOGITS * CHUNK * shape.vocabulary * 4
-        memory = PROCESS_BYTES + frozen * shape.bytes_each + 16 * learning + max(activations, cache) + logits
+        memory = memory_of(shape, frozen, learning, max(activations, cache))
         speed = product_speed(torch.bfloat16 if shape.bytes_each == 2 else torch.float32)
         seconds = OVERHEAD * flops / speed
         self.memory.append(memory)
@@ -513,6 +537,12 @@ def _row(encoded: Any) -> Row:
 def _best_and_worst(rows: Sequence[Row]) -> list[Row]:
     """Two ratings of each ranking, as its reader makes them."""
     return [Row((length,), row.answers // len(row.lengths)) for row in rows for length in row.lengths[:2]]
+
+
+def _frozen(shape: Shape, copies: int, others: Sequence[Shape], learners: Sequence[Reader]) -> int:
+    """Weights in memory that do not learn: those that do are among the 16 bytes each."""
+    loaded = copies * shape.weights + sum(other.weights for other in others)
+    return loaded - sum(learner.learning for learner in learners if learner.lora is None)
 
 
 def _cut(rows: Sequence[Row], training: TrainingConfig) -> Iterator[int]:

@@ -35,6 +35,7 @@ from dressage.batches import (
     trimmed,
 )
 from dressage.data.order import length_sorted_chunks
+from dressage.models.reading import reads_trees
 from dressage.models.roles import Role
 from dressage.models.scoring import score_sequences, score_tokens, score_values
 from dressage.training.optimizer import Optimizer
@@ -243,7 +244,8 @@ class Learner:
 
     def _pieces(self, batch: Batch, by: Tensor | None = None) -> Iterator[Batch]:
         """Micro-batches of at most `micro_batch_tokens` padded tokens, rows of like length together, groups whole."""
-        for rows in pieces(batch.attention_mask, self.micro_batch_tokens, by):
+        beside = batch.group if isinstance(batch, Experience) and reads_trees(self.policy.backbone) else None
+        for rows in pieces(batch.attention_mask, self.micro_batch_tokens, by, beside):
             yield trimmed(to_device(select(batch, rows), self.policy.backbone.device))
 
 
@@ -267,10 +269,15 @@ def _added(pieces: Iterable[Sums]) -> Sums:
     return dict(sums)
 
 
-def pieces(attention_mask: Mask, max_tokens: int, by: Tensor | None = None) -> Iterator[Tensor]:
-    """Row indices of micro-batches of at most so many padded tokens; rows with equal `by` stay together."""
-    lengths = attention_mask.sum(-1).tolist()
-    for rows in length_sorted_chunks(lengths, max_tokens, None if by is None else by.tolist()):
+def pieces(
+    attention_mask: Mask, max_tokens: int, by: Tensor | None = None, beside: Tensor | None = None
+) -> Iterator[Tensor]:
+    """Row indices of micro-batches of at most so many padded tokens.
+
+    Rows with equal `by` stay together; those with equal `beside` too, as far as the budget goes.
+    """
+    lengths, *kinds = ([] if kind is None else kind.tolist() for kind in (attention_mask.sum(-1), by, beside))
+    for rows in length_sorted_chunks(lengths, max_tokens, *(kind or None for kind in kinds)):
         yield torch.tensor(rows)
 
 
