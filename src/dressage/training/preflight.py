@@ -62,7 +62,7 @@ Check = Callable[[PpoConfig, Sequence[Any]], None]
 Said = dict[str, str]
 
 PROCESS_BYTES = 0.43e9
-KEPT = 1.5
+KEPT = 1.15
 LOGITS, CHUNK = 2, 256
 LEAST = 64
 """Tokens of the smallest micro-batch that a budget of memory is cut into, and of its steps."""
