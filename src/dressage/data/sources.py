@@ -237,7 +237,7 @@ def _value(line: bytes) -> object:
     except UnicodeDecodeError as error:
         return BadRow("not UTF-8", f"byte {error.start + 1}")
     except json.JSONDecodeError as error:
-        return BadRow("not valid JSON", f"{error.msg} at column {error.colno}")
+        return BadRow("not valid JSON", f"{error.msg.removesuffix(' at')} at column {error.colno}")
     except RecursionError:
         return BadRow("not valid JSON", "nested too deep")
     except ValueError as error:

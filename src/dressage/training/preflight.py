@@ -6,7 +6,8 @@ Memory at its peak, in bytes, for a stage that learns:
   + weights        size of the compute type each; under adapters they are frozen and have no gradient
   + learning       16 each: a float32 weight, its gradient and AdamW's two moments
   + activations    what the backward pass keeps of the largest micro-batch: for every padded token and every layer that
-                   learns or lies above one that does, KEPT numbers for each input and output of a linear layer
+                   learns or lies above one that does, KEPT numbers for each input and output of a linear layer;
+                   a critic with weights of its own learns after the policy, so only the larger of the two counts
   + logits         LOGITS numbers for each entry of the vocabulary, for CHUNK tokens at a time
 
 While sampling, keys and values of every answer decoded at once take the place of activations. Against SmolLM2-135M's
@@ -146,8 +147,8 @@ def within(training: TrainingConfig, shape: Shape, frozen: int, learners: Sequen
     """
     if training.memory_gb is None:
         return training
-    learning, each = (sum(getattr(one, name) for one in learners) for name in ("learning", "kept_bytes"))
-    fixed = memory_of(shape, frozen, learning, 0.0)
+    fixed = memory_of(shape, frozen, sum(one.learning for one in learners), 0.0)
+    each = max(one.kept_bytes for one in learners)
     tokens = int((training.memory_gb * 1e9 - fixed) / each) // LEAST * LEAST
     if tokens < LEAST:
         raise ConfigError(
@@ -376,7 +377,7 @@ class Foresight:
         """
         learning = sum(learner.learning for learner in learners)
         frozen = _frozen(shape, copies, others, learners)
-        activations = micro_batch * sum(learner.kept_bytes for learner in learners)
+        activations = micro_batch * max((learner.kept_bytes for learner in learners), default=0.0)
         cache = cached * shape.depth * shape.cached * shape.bytes_each
         memory = memory_of(shape, frozen, learning, max(activations, cache))
         speed = product_speed(torch.bfloat16 if shape.bytes_each == 2 else torch.float32)

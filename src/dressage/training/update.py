@@ -26,6 +26,7 @@ from dressage.batches import (
     Experience,
     Mask,
     PerSequence,
+    PerToken,
     PreferenceBatch,
     RatingBatch,
     SupervisedBatch,
@@ -196,24 +197,33 @@ class Learner:
             entropy=True,
             reference=self.reference,
         )
-        values = scores.values
+        loss = self.algorithm.losses[Experience]
+        values = scores.values if self.value is None else batch.values
+        terms = loss(scores, values, batch, settings)
+        if self.value is not None:
+            # One with weights of its own learns after the policy's backward pass, which lets go of what it kept.
+            del terms["value"]
+        held = held_back(terms["policy"], scores.logprobs, batch.advantages) if scores.logprobs.requires_grad else None
+        losses = self._learn_from(terms, mask, totals)
         if self.value is not None:
             values = score_values(self.value, batch.tokens, batch.attention_mask, mask)
-        terms = self.algorithm.losses[Experience](scores, values, batch, settings)
-        weigh = self.algorithm.weigh
-        shares = {f"loss/{name}": aggregate(term, mask, totals, weigh) for name, term in terms.items()}
+            of_value = {"value": loss(_detached(scores), values, batch, settings)["value"]}
+            losses = _added([losses, self._learn_from(of_value, mask, totals)])
         watched = policy_statistics(_detached(scores), None if values is None else values.detach(), batch, settings)
         measures = {
             _MEASURES[name]: float(aggregate(value, mask, totals))
             for name, value in watched.items()
             if name in _MEASURES
         }
-        if scores.logprobs.requires_grad:
-            held = held_back(terms["policy"], scores.logprobs, batch.advantages)
+        if held is not None:
             measures["clip/share"] = float(aggregate(held, mask, totals))
         # Before a round's first step the ratio is 1, unless sampling and learning disagree.
         measures[WORST] = float((watched["ratio"] - 1).abs().masked_fill(~mask, 0.0).amax())
-        return _backward(shares) | measures | {"tokens": _size(batch.attention_mask)}
+        return losses | measures | {"tokens": _size(batch.attention_mask)}
+
+    def _learn_from(self, terms: Mapping[str, PerToken], mask: Mask, totals: Totals) -> Sums:
+        weigh = self.algorithm.weigh
+        return _backward({f"loss/{name}": aggregate(term, mask, totals, weigh) for name, term in terms.items()})
 
     def _bounded_step(self, batches: Sequence[AnyBatch], max_kl: float, curvature_share: float) -> Sums:
         """TRPO's step of the policy in the optimizer's place."""
