@@ -170,11 +170,11 @@ def versions() -> Mapping[str, str]:
 def locked(folder: Path) -> Iterator[None]:
     """Within, no other process works in this folder; CheckpointError if one already does.
 
-    A folder in which nothing was made is gone afterwards.
+    A folder in which nothing was made is gone afterwards, with those above that were made for it.
     """
     import fcntl
 
-    path = folder / LOCK
+    path, made = folder / LOCK, [above for above in folder.parents if not above.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = path.open("w")
@@ -196,6 +196,10 @@ def locked(folder: Path) -> Iterator[None]:
             if [found.name for found in folder.iterdir()] == [LOCK]:
                 path.unlink()
                 folder.rmdir()
+                for above in made:
+                    if any(above.iterdir()):
+                        break
+                    above.rmdir()
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -50,6 +50,18 @@ def test_two_runs_in_one_folder(sft: Command, write_rows: Write, tmp_path: Path)
     assert sft(data, "training.steps=1").exit_code == 0
 
 
+def test_folders_made_for_a_run_that_made_nothing_are_gone(tmp_path: Path) -> None:
+    from dressage.pipeline import locked
+
+    (tmp_path / "mine").mkdir()
+    with locked(tmp_path / "mine" / "runs" / "deep" / "sft"):
+        pass
+    assert list(tmp_path.rglob("*")) == [tmp_path / "mine"]
+    with locked(tmp_path / "runs" / "one"):
+        (tmp_path / "runs" / "another").mkdir()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["another", "mine", "runs"]
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """Two megabytes, which a checkpoint of a large adapter fills more than half."""
