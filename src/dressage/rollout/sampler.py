@@ -20,13 +20,13 @@ def sample_seed(seed: int, prompt_id: str, copy: int) -> int:
     return int.from_bytes(digest[:8], "little", signed=True)
 
 
-def uniforms(seeds: Ints, position: int) -> Tensor:
-    """Numbers in [0, 1), float64 [B]: output `position` of the generator that each of `seeds` [B] starts.
+def uniforms(seeds: Ints, position: int | Ints) -> Tensor:
+    """Numbers in [0, 1), float64 [B]: output `position`, one or [B], of the generator that each of `seeds` [B] starts.
 
     SplitMix64 (Steele, Lea and Flood 2014, fig. 16) jumps to any output at once, so a number depends on its seed and
     position alone: not on the batch, its order, or the rows that have finished.
     """
-    z = seeds + _signed((position + 1) * 0x9E3779B97F4A7C15)
+    z = seeds + (torch.as_tensor(position) + 1) * _signed(0x9E3779B97F4A7C15)
     z = (z ^ _shift(z, 30)) * _signed(0xBF58476D1CE4E5B9)
     z = (z ^ _shift(z, 27)) * _signed(0x94D049BB133111EB)
     return _shift(z ^ _shift(z, 31), 11).double() * 2.0**-53
