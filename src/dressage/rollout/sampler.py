@@ -87,7 +87,8 @@ def kept_tokens(weights: Tensor, *, top_p: float, top_k: int) -> Tensor:
 def _in_blocks(weights: Tensor) -> Tensor:
     """[B, V] as [B, N, BLOCK], the last block filled up with zeros; a copy only where it has to be."""
     rest = -weights.shape[-1] % BLOCK
-    return (F.pad(weights, (0, rest)) if rest else weights).unflatten(-1, (-1, BLOCK))
+    padded: Tensor = F.pad(weights, (0, rest)) if rest else weights
+    return padded.view(len(weights), -1, BLOCK)
 
 
 def _invert(blocks: Tensor, sums: Tensor, uniforms: Tensor) -> Ints:
