@@ -39,6 +39,7 @@ def test_uniforms_are_the_published_generators() -> None:
     ]
     drawn = [float(uniforms(torch.tensor([1234567]), position)) for position in range(5)]
     assert drawn == [(number >> 11) / 2**53 for number in published]
+    assert uniforms(torch.tensor([1234567] * 5), torch.arange(5)).tolist() == drawn
 
 
 def test_uniforms_belong_to_the_row() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,54 +19,139 @@ from dressage.tensors import position_ids
 
 
 class Decoding:
-    """Prompts read once each, and then one token of every answer at a time.
+    """Prompts read once each, and then one token of every answer at a time; an answer that leaves makes room.
 
-    Prompts are left-padded, so that all answers end in one column; which positions count is carried in the mask and
-    the position ids, never looked up in the tokens.
+    In place, the row of an answer begins in column 0 of the cache and has a length of its own, so that another may take
+    its place at any step. Else transformers' own cache is left-padded, and the next answers wait until all have left.
+    Which columns count is known from the lengths, never looked up in the tokens.
     """
 
     def __init__(
-        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, room: int, pad_token: int, in_place: bool
+        self,
+        model: PreTrainedModel,
+        prompts: Sequence[Sequence[int]],
+        *,
+        rows: int,
+        room: int,
+        pad_token: int,
+        in_place: bool,
     ) -> None:
-        """`room`: most new tokens. `in_place`: keep the cache in one block (see `takes_prepared_mask`)."""
+        """Answers enter in the order of `prompts`, equal ones side by side. `rows`: most answers at once; `room`: most
+        new tokens; `in_place`: keep the cache in one block (see `takes_prepared_mask`)."""
         self.model = model
         accepted = inspect.signature(model.forward).parameters
         self.extra: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self.takes_positions = "position_ids" in accepted
+        self.pad_token, self.in_place = pad_token, in_place
+        self.waiting = deque(map(tuple, prompts))
+        self.rows = min(rows, len(prompts))
+        self.capacity = max(map(len, prompts)) + room
+        self.ready: Read | None = None
 
-        unique = list(dict.fromkeys(map(tuple, prompts)))
-        tokens, mask = left_padded(unique, pad_token, model.device)
-        self.cache: Cache = DynamicCache(config=model.config)
-        logits = self._forward(tokens, mask, position_ids(mask))
+        self.layers: list[PreallocatedLayer] = []
+        self.cache = Cache(layers=[])
+        self.mask = torch.empty(0)  # left-padded: True on tokens [B, T]
+        self.lengths = torch.empty(0, dtype=torch.long, device=model.device)  # [B] tokens so far
+        self.logits = torch.empty(0)  # [B, V] of the next token
 
-        number = {prompt: i for i, prompt in enumerate(unique)}
-        parent = torch.tensor([number[tuple(prompt)] for prompt in prompts], device=model.device)
-        self.logits: Tensor = logits[parent]  # [B, V] of the next token
-        self.lengths: Ints = mask.sum(-1)[parent]  # [B] tokens so far, padding left out
-        self.columns: int = mask.shape[-1]  # tokens so far, padding included
-        self.mask: Tensor = F.pad(mask[parent], (0, room), value=True)  # [B, ..., columns + room]
-        if in_place:
-            self.mask = additive(self.mask, model.dtype)
-            self.cache = Cache([PreallocatedLayer(layer, parent, room) for layer in self.cache.layers])
-        elif len(unique) < len(prompts):
-            self.cache.batch_select_indices(parent)
+    def fill(self) -> int:
+        """Waiting answers enter behind the others, as far as there are rows for them; how many did."""
+        before = len(self.lengths)
+        if not self.in_place and before:
+            return 0
+        while len(self.lengths) < self.rows:
+            if self.ready is None:
+                if not self.waiting:
+                    break
+                self.ready = self._read(self.rows - len(self.lengths))
+            self._enter(self.ready)
+            if not self.ready.parents:
+                self.ready = None
+        return len(self.lengths) - before
 
     def advance(self, tokens: Ints) -> None:
         """One more token [B] for each answer; `logits` are then of the token after it."""
-        self.columns += 1
-        self.logits = self._forward(tokens[:, None], self.mask[..., : self.columns], self.lengths[:, None])
+        if self.in_place:
+            columns = int(self.lengths.max()) + 1
+            slots = torch.arange(len(tokens), device=tokens.device)
+            for layer in self.layers:
+                layer.end_at(slots, self.lengths, columns)
+            seen = torch.arange(columns, device=tokens.device) <= self.lengths[:, None]
+            mask = additive(seen, self.model.dtype)
+        else:
+            mask = self.mask = F.pad(self.mask, (0, 1), value=True)
+        self.logits = self._forward(tokens[:, None], mask, self.lengths[:, None], self.cache)
         self.lengths = self.lengths + 1
 
     def keep(self, slots: Ints) -> None:
         """From now on answer i is the one that was at `slots[i]`; the others leave the batch."""
-        self.lengths, self.mask = self.lengths[slots], self.mask[slots]
-        self.cache.batch_select_indices(slots)
+        if self.in_place:
+            moved = (slots != torch.arange(len(slots), device=slots.device)).nonzero().squeeze(-1)
+            if len(moved):
+                longest = int(self.lengths[slots[moved]].max())
+                for layer in self.layers:
+                    layer.move(slots[moved], moved, longest)
+        elif len(slots):
+            self.mask = self.mask[slots]
+            self.cache.batch_select_indices(slots)
+        self.lengths, self.logits = self.lengths[slots], self.logits[slots]
 
-    def _forward(self, tokens: Ints, mask: Tensor, positions: Ints) -> Tensor:
+    def _read(self, free: int) -> Read:
+        """The model's memory of the next prompts.
+
+        In place it reads ahead, because a few prompts together take less time than one after the other; and all
+        answers to one prompt, because that is read once.
+        """
+        count = max(free, self.rows // 4) if self.in_place else free
+        prompts: list[tuple[int, ...]] = []
+        while self.waiting and (len(prompts) < count or (self.in_place and self.waiting[0] == prompts[-1])):
+            prompts.append(self.waiting.popleft())
+        unique = list(dict.fromkeys(prompts))
+        tokens, mask = left_padded(unique, self.pad_token, self.model.device)
+        cache = DynamicCache(config=self.model.config)
+        logits = self._forward(tokens, mask, position_ids(mask), cache)
+        number = {prompt: i for i, prompt in enumerate(unique)}
+        return Read(cache, mask, logits, deque(number[prompt] for prompt in prompts))
+
+    def _enter(self, read: Read) -> None:
+        """As many of these answers as there is room for."""
+        begin = len(self.lengths)
+        count = min(self.rows - begin, len(read.parents))
+        parents = torch.tensor([read.parents.popleft() for _ in range(count)], device=self.lengths.device)
+        mask = read.mask[parents]
+        lengths = mask.sum(-1)
+        if not self.in_place:
+            self.mask, self.cache = mask, read.cache
+            if count > len(read.mask):
+                self.cache.batch_select_indices(parents)
+        else:
+            if not self.layers:
+                self.layers = [PreallocatedLayer(layer, self.rows, self.capacity) for layer in read.cache.layers]
+                self.cache = Cache(layers=list(self.layers))
+            width = mask.shape[-1]
+            # Their first tokens come to column 0; behind their last one nothing is looked at.
+            columns = (width - lengths[:, None] + torch.arange(width, device=mask.device)).clamp(max=width - 1)
+            for layer, prompt in zip(self.layers, read.cache.layers, strict=True):
+                layer.begin(begin, prompt, parents[:, None], columns)
+        self.lengths = torch.cat([self.lengths, lengths])
+        logits = read.logits[parents]
+        self.logits = torch.cat([self.logits, logits]) if begin else logits
+
+    def _forward(self, tokens: Ints, mask: Tensor, positions: Ints, cache: Cache) -> Tensor:
         inputs = self.extra | ({"position_ids": positions} if self.takes_positions else {})
-        output = self.model(input_ids=tokens, attention_mask=mask, past_key_values=self.cache, use_cache=True, **inputs)
+        output = self.model(input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True, **inputs)
         logits: Tensor = output.logits[:, -1]
         return logits
+
+
+@dataclass(frozen=True)
+class Read:
+    """Prompts that the model has read, left-padded, and the answers to them that have not entered."""
+
+    cache: DynamicCache
+    mask: Mask  # [U, T]
+    logits: Tensor  # [U, V]
+    parents: deque[int]  # of each answer, its prompt's row
 
 
 class PreallocatedLayer(CacheLayerMixin):
@@ -77,53 +164,60 @@ class PreallocatedLayer(CacheLayerMixin):
     keys: Tensor
     values: Tensor
 
-    def __init__(self, prompt: Any, parent: Ints, room: int) -> None:
-        """Begins as the prompts' keys and values [U, heads, T, dim], each repeated for its answers: parent [B] in U."""
+    def __init__(self, like: Any, rows: int, capacity: int) -> None:
+        """Room for `rows` answers of `capacity` tokens, of the heads and the type of the layer `like`."""
         super().__init__()  # type: ignore[no-untyped-call]
-        self.length: int = prompt.keys.shape[-2]
-        self.rows = len(parent)
-        self.keys = _grown(prompt.keys, parent, room)
-        self.values = _grown(prompt.values, parent, room)
+        self.keys, self.values = (
+            block.new_empty(rows, block.shape[1], capacity, block.shape[-1]) for block in (like.keys, like.values)
+        )
+        self.clean = 0  # columns with numbers in them: hidden ones take part with weight 0, and 0 * NaN is NaN
+        self.columns = 0
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Appends [B, heads, new, dim]; returns all there is, [B, heads, T, dim]."""
-        begin, self.length = self.length, self.length + key_states.shape[-2]
-        keys = self.keys[: self.rows, :, : self.length]
-        values = self.values[: self.rows, :, : self.length]
-        keys[:, :, begin:] = key_states
-        values[:, :, begin:] = value_states
-        return keys, values
+    def begin(self, first: int, prompt: Any, rows: Ints, columns: Ints) -> None:
+        """Rows `first`, `first` + 1, ... become rows [N, 1] and columns [N, T] of another layer."""
+        count, width = columns.shape
+        self._reach(width)
+        for block, read in ((self.keys, prompt.keys), (self.values, prompt.values)):
+            block[first : first + count, :, :width] = read.transpose(1, 2)[rows, columns].transpose(1, 2)
 
-    def batch_select_indices(self, indices: Ints) -> None:
-        """Row i becomes row `indices[i]`. Moves only rows that change place, which must come from behind the kept."""
-        self.rows = len(indices)
-        moved = (indices != torch.arange(self.rows, device=indices.device)).nonzero().squeeze(-1)
-        if len(moved):
-            for block in (self.keys, self.values):
-                block[moved, :, : self.length] = block[indices[moved], :, : self.length]
+    def end_at(self, slots: Ints, lengths: Ints, columns: int) -> None:
+        """The next tokens go to rows `slots` [B], behind their first `lengths` [B]; `columns` will then be in use."""
+        self._reach(columns)
+        self.slots, self.lengths, self.columns = slots, lengths, columns
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Appends [B, heads, 1, dim]; returns all there is, [B, heads, T, dim]."""
+        self.keys[self.slots, :, self.lengths] = key_states[:, :, 0]
+        self.values[self.slots, :, self.lengths] = value_states[:, :, 0]
+        rows = len(self.slots)
+        return self.keys[:rows, :, : self.columns], self.values[:rows, :, : self.columns]
+
+    def move(self, source: Ints, target: Ints, columns: int) -> None:
+        """So many columns of the rows `source` take the place of the rows `target`."""
+        for block in (self.keys, self.values):
+            block[target, :, :columns] = block[source, :, :columns]
+
+    def _reach(self, columns: int) -> None:
+        if columns > self.clean:
+            self.keys[:, :, self.clean : columns] = 0
+            self.values[:, :, self.clean : columns] = 0
+            self.clean = columns
 
     def get_seq_length(self) -> int:
-        """Columns so far."""
-        return self.length
+        """Columns before the next token."""
+        return self.columns - 1
 
     def get_max_length(self) -> int:
         """Columns at most."""
         return self.keys.shape[-2]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Columns that a query of this length sees, and the first of them."""
-        return self.length + query_length, 0
+        """Columns that a query sees, and the first of them."""
+        return self.columns, 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing is left to do: it begins with the prompts."""
-
-
-def _grown(block: Tensor, parent: Ints, room: int) -> Tensor:
-    _, heads, length, dim = block.shape
-    grown = block.new_empty(len(parent), heads, length + room, dim)
-    grown[:, :, :length] = block[parent]
-    return grown
+        """Nothing is left to do: it begins with room for all."""
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad_token: int, device: torch.device) -> tuple[Ints, Mask]:
@@ -149,7 +243,8 @@ def takes_prepared_mask(model: PreTrainedModel) -> bool:
         return False
 
     def logits_after_one_token(in_place: bool) -> Tensor:
-        batch = Decoding(model, [[0, 1, 1], [1]], room=1, pad_token=0, in_place=in_place)
+        batch = Decoding(model, [[0, 1, 1], [1]], rows=2, room=1, pad_token=0, in_place=in_place)
+        batch.fill()
         batch.advance(torch.tensor([0, 1], device=model.device))
         return batch.logits.float()
 

@@ -19,11 +19,12 @@ from dressage.schema import Completion, Prompt, Sampling
 
 
 class Step(NamedTuple):
-    """One more token of every answer that is still being written."""
+    """One more token of every answer that is being written."""
 
-    rows: list[int]
+    rows: list[int]  # which answers
     tokens: list[int]
     logprobs: list[float]
+    finished: int  # how many of them end with it
 
 
 class NativeEngine:
@@ -60,26 +61,23 @@ class NativeEngine:
         """One completion for each prompt, in order."""
         require_room(prompts, sampling, self.model)
         seeds = seeds_of(prompts, sampling.seed)
-        # Longest first, so that a batch too large for the memory is the first one; equal prompts side by side.
+        # Longest first, so that what is too large for the memory is seen at once; equal prompts side by side.
         order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i].tokens), prompts[i].tokens))
-        completions: dict[int, Completion] = {}
+        tokens: list[list[int]] = [[] for _ in prompts]
+        logprobs: list[list[float]] = [[] for _ in prompts]
+        finished = 0
         with self._ready():
-            for start in range(0, len(order), self.max_batch):
-                batch = order[start : start + self.max_batch]
-                tokens: list[list[int]] = [[] for _ in batch]
-                logprobs: list[list[float]] = [[] for _ in batch]
-                for step in self._steps([prompts[i].tokens for i in batch], [seeds[i] for i in batch], sampling):
-                    if progress is not None and len(step.rows) < len(batch):
-                        progress(start + len(batch) - len(step.rows))
-                    for row, token, logprob in zip(*step, strict=True):
-                        tokens[row].append(token)
-                        logprobs[row].append(logprob)
-                for i, answer, scores in zip(batch, tokens, logprobs, strict=True):
-                    finish = finish_of(answer, self.stop_tokens)
-                    completions[i] = Completion(tuple(answer), tuple(scores), finish, self.version)
-                if progress is not None:
-                    progress(start + len(batch))
-        return [completions[i] for i in range(len(prompts))]
+            for step in self._steps([prompts[i].tokens for i in order], [seeds[i] for i in order], sampling):
+                for row, token, logprob in zip(step.rows, step.tokens, step.logprobs, strict=True):
+                    tokens[order[row]].append(token)
+                    logprobs[order[row]].append(logprob)
+                if step.finished and progress is not None:
+                    finished += step.finished
+                    progress(finished)
+        return [
+            Completion(tuple(answer), tuple(scores), finish_of(answer, self.stop_tokens), self.version)
+            for answer, scores in zip(tokens, logprobs, strict=True)
+        ]
 
     def stream(self, prompt: Prompt, sampling: Sampling) -> Iterator[int]:
         """The tokens of one answer as they are drawn, the end mark included: those that `generate` would draw."""
@@ -100,42 +98,54 @@ class NativeEngine:
             yield
 
     def _steps(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling) -> Iterator[Step]:
-        """Decode one batch; an answer leaves it after its stop token, or at its limit."""
-        device = self.model.device
+        """Decode; an answer leaves after its stop token or at its limit, and the next one enters."""
+        if not prompts:
+            return
         batch = Decoding(
-            self.model, prompts, room=sampling.max_new_tokens, pad_token=self.pad_token, in_place=self.in_place
+            self.model,
+            prompts,
+            rows=self.max_batch,
+            room=sampling.max_new_tokens,
+            pad_token=self.pad_token,
+            in_place=self.in_place,
         )
-        rows, row_seeds, limits = (
-            list(range(len(prompts))),
-            torch.tensor(seeds, device=device),
-            limits_of(seeds, sampling),
-        )
-        for position in range(sampling.max_new_tokens):
+        all_seeds, limits = torch.tensor(seeds, device=self.model.device), limits_of(seeds, sampling)
+        lengths = [0] * len(prompts)
+        rows: list[int] = []  # the answer in each slot of the batch
+        entered = 0
+        while True:
+            arrived = batch.fill()
+            rows = [*rows, *range(entered, entered + arrived)]
+            entered += arrived
+            if not rows:
+                return
+            positions = torch.tensor([lengths[row] for row in rows], device=all_seeds.device)
             tokens, logprobs = draw(
                 batch.logits,
-                uniforms(row_seeds, position),
+                uniforms(all_seeds[rows], positions),
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 top_k=sampling.top_k,
             )
-            step = Step(rows, tokens.tolist(), logprobs.tolist())
-            if any(map(math.isnan, step.logprobs)):
+            drawn, scores = tokens.tolist(), logprobs.tolist()
+            if any(map(math.isnan, scores)):
                 raise EngineError("the model's logits are NaN: its weights have diverged; go back to a checkpoint")
-            yield step
+            for row in rows:
+                lengths[row] += 1
             kept = filled(
                 [
                     slot
-                    for slot, (row, token) in enumerate(zip(rows, step.tokens, strict=True))
-                    if token not in self.stop_tokens and position + 1 < limits[row]
+                    for slot, (row, token) in enumerate(zip(rows, drawn, strict=True))
+                    if token not in self.stop_tokens and lengths[row] < limits[row]
                 ]
             )
-            if not kept:
-                return
+            yield Step(rows, drawn, scores, len(rows) - len(kept))
             if len(kept) < len(rows):
-                slots = torch.tensor(kept, device=device)
-                rows, row_seeds, tokens = [rows[slot] for slot in kept], row_seeds[slots], tokens[slots]
+                slots = torch.tensor(kept, dtype=torch.long, device=all_seeds.device)
+                rows, tokens = [rows[slot] for slot in kept], tokens[slots]
                 batch.keep(slots)
-            batch.advance(tokens)
+            if rows:
+                batch.advance(tokens)
 
 
 def filled(live: Sequence[int]) -> list[int]:

@@ -20,13 +20,13 @@ def sample_seed(seed: int, prompt_id: str, copy: int) -> int:
     return int.from_bytes(digest[:8], "little", signed=True)
 
 
-def uniforms(seeds: Ints, position: int) -> Tensor:
-    """Numbers in [0, 1), float64 [B]: output `position` of the generator that each of `seeds` [B] starts.
+def uniforms(seeds: Ints, position: int | Ints) -> Tensor:
+    """Numbers in [0, 1), float64 [B]: output `position`, one or [B], of the generator that each of `seeds` [B] starts.
 
     SplitMix64 (Steele, Lea and Flood 2014, fig. 16) jumps to any output at once, so a number depends on its seed and
     position alone: not on the batch, its order, or the rows that have finished.
     """
-    z = seeds + _signed((position + 1) * 0x9E3779B97F4A7C15)
+    z = seeds + (torch.as_tensor(position) + 1) * _signed(0x9E3779B97F4A7C15)
     z = (z ^ _shift(z, 30)) * _signed(0xBF58476D1CE4E5B9)
     z = (z ^ _shift(z, 27)) * _signed(0x94D049BB133111EB)
     return _shift(z ^ _shift(z, 31), 11).double() * 2.0**-53
@@ -52,15 +52,14 @@ def draw(
     top = scaled.amax(-1, keepdim=True)
     weights = (scaled - top).exp_()
     # Block sums serve twice: their total normalises the log-probabilities, their running sum is searched.
-    blocks = F.pad(weights, (0, -weights.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    blocks = _in_blocks(weights)
     sums = blocks.sum(-1, dtype=torch.float64)
     log_total = sums.sum(-1).log()
     if temperature == 0.0:
         tokens = scaled.argmax(-1)
     else:
         if top_k or top_p < 1.0:
-            kept = kept_tokens(weights, top_p=top_p, top_k=top_k)
-            blocks = F.pad(weights * kept, (0, -weights.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+            blocks = _in_blocks(weights * kept_tokens(weights, top_p=top_p, top_k=top_k))
             sums = blocks.sum(-1, dtype=torch.float64)
         # NaN would be beyond the last token; clamped, it is left to show in the log-probability.
         tokens = _invert(blocks, sums, uniforms).clamp(max=scaled.shape[-1] - 1)
@@ -83,6 +82,13 @@ def kept_tokens(weights: Tensor, *, top_p: float, top_k: int) -> Tensor:
         count = (before < top_p * ordered.sum(-1, keepdim=True)).sum(-1, keepdim=True).clamp(min=1)
         kept &= weights >= ordered.gather(-1, count - 1)
     return kept
+
+
+def _in_blocks(weights: Tensor) -> Tensor:
+    """[B, V] as [B, N, BLOCK], the last block filled up with zeros; a copy only where it has to be."""
+    rest = -weights.shape[-1] % BLOCK
+    padded: Tensor = F.pad(weights, (0, rest)) if rest else weights
+    return padded.view(len(weights), -1, BLOCK)
 
 
 def _invert(blocks: Tensor, sums: Tensor, uniforms: Tensor) -> Ints:
