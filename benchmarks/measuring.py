@@ -135,6 +135,8 @@ class Kept:
         """Once, unless it is there; a failure is told and leaves nothing behind."""
         if self.has(subject, repeat):
             return
+        if self.machine != machine():
+            raise SystemExit(f"{self.path}: is of another machine or number of threads; give another --out")
         name = re.sub(r"\W+", "-", f"{subject.work} {subject.name} {repeat}")
         try:
             run = process(subject, self.folder / "logs" / f"{name}.log", limit_seconds)

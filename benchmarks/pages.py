@@ -261,7 +261,7 @@ def charts(kept: Kept, growth: Kept | None) -> Iterator[tuple[str, str, list[Lin
             )
             for colour, (name, found) in enumerate(list(rates.items())[:4])
         ]
-        yield "sampling", "answers at once", lines
+        yield "sampling, by batch", "batch", lines
     if growth is None:
         return
     curves: Mapping[str, str] = {
@@ -274,7 +274,7 @@ def charts(kept: Kept, growth: Kept | None) -> Iterator[tuple[str, str, list[Lin
             seconds = [Point(value, Spread.of(seconds_of(runs)).median) for value, runs in sorted(points, key=first)]
             memory = [Point(value, Spread.of(memory_of(runs)).median) for value, runs in sorted(points, key=first)]
             lines = [Line("seconds", SECONDS, seconds, 0), Line("peak RSS", GIGABYTES, memory, 1, right=True)]
-            yield "a training pass", word, lines
+            yield f"a training pass, by {word}", "", lines
 
 
 def first(pair: tuple[float, Any]) -> float:
