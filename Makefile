@@ -7,11 +7,11 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test check format docs audit bench clean
+.PHONY: help setup quickstart test check format docs audit bench bench-peers bench-all clean
 
 help: ## this text
 	@echo 'Dressage trains language models from human feedback.'
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
 	@echo 'Another interpreter: make setup PYTHON=python3.12. Options of a command: make quickstart ARGS="--help".'
 
 setup: $(READY) ## make .venv with everything pinned (once; again when a pin changes)
@@ -53,8 +53,18 @@ audit: ## look for known holes in the pinned dependencies (needs the network)
 	$(VENV)-audit/bin/python -m pip install --disable-pip-version-check -q pip-audit
 	$(VENV)-audit/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt
 
-bench: $(READY) ## run the benchmarks one after the other (long)
-	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file" $(ARGS); done
+bench: $(READY) ## how fast and how small it is here, in minutes
+	$(BIN)/python benchmarks/speed.py $(ARGS)
+
+# The peers pin other versions and live in environments of their own: ARGS="--trl PYTHON ..."; without, it says how to make them.
+bench-peers: $(READY) ## the same beside TRL and vLLM, in turn (hours); then docs/speed.md from it
+	$(BIN)/python benchmarks/peers.py $(ARGS)
+	$(BIN)/python benchmarks/peers.py $(ARGS) --markdown docs/speed.md
+
+# measuring.py and pages.py are no benchmarks but what two of them share.
+bench-all: $(READY) ## every benchmark of ours one after the other (a day)
+	@set -e; for file in $(filter-out benchmarks/measuring.py benchmarks/pages.py benchmarks/peers.py,$(wildcard benchmarks/*.py)); do \
+	echo "== $$file"; $(BIN)/python "$$file" $(ARGS); done
 
 clean: ## remove .venv, caches and build leftovers; runs/ stays
 	rm -rf $(VENV) $(VENV)-audit mutants build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from dressage.errors import ConfigError, DressageError, HealthError
 from dressage.exits import Verbs
+from dressage.monitor.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from dressage.settings import Settings
@@ -273,6 +274,7 @@ def algorithms(
 
 def main() -> None:
     """The command `dressage`."""
+    keep_freed_memory()
     app(prog_name="dressage")
 
 

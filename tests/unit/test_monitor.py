@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -292,3 +294,33 @@ def test_the_kl_target_is_the_runs_own() -> None:
 )
 def test_supervised_stages(stage: str, columns: dict[str, list[Any]], levels: list[str]) -> None:
     assert [verdict.level for verdict in verdicts(stage, rows_of(columns))] == levels
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's own switch")
+def test_freed_memory_is_kept_unless_somebody_has_said_otherwise() -> None:
+    """In a process of its own: 20 MB taken and freed 50 times faults its pages in once, not 50 times."""
+    program = (
+        "import ctypes, resource, sys\n"
+        "from dressage.monitor.memory import keep_freed_memory\n"
+        "told = keep_freed_memory()\n"
+        "libc = ctypes.CDLL(None)\n"
+        "libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]\n"
+        "def once():\n"
+        "    block = libc.malloc(20 << 20)\n"
+        "    ctypes.memset(block, 1, 20 << 20)\n"
+        "    libc.free(block)\n"
+        "once()\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "for _ in range(50): once()\n"
+        "print(told, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
+    )
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    found = []
+    for more in ({}, {"MALLOC_MMAP_THRESHOLD_": "1000000"}):
+        ran = subprocess.run([sys.executable, "-c", program], env=clean | more, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
+        told, faults = ran.stdout.split()
+        found.append((told, int(faults)))
+    pages = 50 * (20 << 20) // os.sysconf("SC_PAGESIZE")
+    assert found[0][0] == "True" and found[0][1] < pages / 10
+    assert found[1][0] == "False" and found[1][1] > pages / 2
