@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from measuring import Failed, Kept, Subject
 from pages import page, picture, table
-from speed import BATCHES, DATA, GROUP, NEW, PROMPTS, ROWS, chosen, options, ours, prepare
+from speed import BATCHES, DATA, GROUP, NEW, PROMPTS, ROWS, WEIGHTS, chosen, options, ours, prepare
 
 
 class Environment(NamedTuple):
@@ -68,7 +68,13 @@ def usable(name: str, python: str | None) -> bool:
 
 
 def peers(
-    work: str, out: Path, steps: int, model: str, pythons: Mapping[str, str], types: Sequence[str]
+    work: str,
+    out: Path,
+    steps: int,
+    model: str,
+    pythons: Mapping[str, str],
+    types: Sequence[str],
+    weights: Sequence[str] = tuple(WEIGHTS),
 ) -> list[Subject]:
     """Everybody else's side of a piece of work."""
     found: list[Subject] = []
@@ -84,8 +90,8 @@ def peers(
         return found
     common = {"data": str(out / "work" / f"{DATA[work]}.jsonl"), "out": str(out / "runs" / "peer"), "timed": steps}
     for kind in types:
-        for weights in ("LoRA", "all weights"):
-            name, how = f"{weights}, {kind}", common | {"lora": weights == "LoRA", "bf16": kind == "bf16"}
+        for learns in weights:
+            name, how = f"{learns}, {kind}", common | {"lora": learns == "LoRA", "bf16": kind == "bf16"}
             if work == "ppo":
                 add("TRL 1.12", name, "peers/trl_ppo.py", how | {"rows": PROMPTS, "new": NEW, "micro_batch": 8})
             elif work == "grpo":
@@ -129,8 +135,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"the work could not be prepared: {failure}")
         return 1
     for work in found.only:
-        everybody = ours(work, found.out, found.steps, found.set)
-        everybody += peers(work, found.out, found.steps, told["model"], pythons, found.types)
+        everybody = ours(work, found.out, found.steps, found.set, found.weights)
+        everybody += peers(work, found.out, found.steps, told["model"], pythons, found.types, found.weights)
         for repeat in range(1, found.repeats + 1):
             for subject in everybody:
                 kept.measure(subject, repeat, found.limit)

@@ -33,10 +33,12 @@ WORKS = ("ppo", "grpo", "sft", "reward", "dpo", "sampling")
 DATA = {"ppo": "ppo", "grpo": "grpo", "sft": "sft", "reward": "pairs", "dpo": "pairs"}
 PPO: Mapping[str, Sequence[str]] = {
     "ours, LoRA": (),
-    "ours, LoRA, 512 tokens at once": ("training.micro_batch_tokens=512",),
-    "ours, LoRA, 2048 tokens at once": ("training.micro_batch_tokens=2048",),
+    "ours, LoRA, quickest": ("rollout.reuse_engine_logprobs=true", "training.micro_batch_tokens=2048"),
+    "ours, LoRA, within 1.6 GB": ("rollout.reuse_engine_logprobs=true", "training.memory_gb=1.6"),
 }
 """By name, what differs from the settings that a run has without saying: memory against speed."""
+
+WEIGHTS: Mapping[str, Sequence[str]] = {"LoRA": (), "all weights": ("lora=null",)}
 
 
 def near_a_hundred_characters(answers: Sequence[str], **_: Any) -> list[float]:
@@ -61,7 +63,9 @@ def prepare(data: Path, out: Path, steps: int) -> dict[str, Any]:
     return found
 
 
-def ours(work: str, out: Path, steps: int, more: Sequence[str] = ()) -> list[Subject]:
+def ours(
+    work: str, out: Path, steps: int, more: Sequence[str] = (), weights: Sequence[str] = tuple(WEIGHTS)
+) -> list[Subject]:
     """Our side of a piece of work."""
     if work == "sampling":
         asked = {"batches": BATCHES, "prompt": 48, "new": NEW, "rounds": 2}
@@ -84,7 +88,7 @@ def ours(work: str, out: Path, steps: int, more: Sequence[str] = ()) -> list[Sub
         common.append(f"rewards.near={{type: function, function: {function}}}")
         variants, verb = {"ours, LoRA": ()}, "ppo"
     else:
-        variants, verb = {"ours, LoRA": (), "ours, all weights": ("lora=null",)}, work
+        variants, verb = {f"ours, {name}": own for name, own in WEIGHTS.items() if name in weights}, work
     return [
         Subject(
             work,
@@ -133,6 +137,13 @@ def options(about: str, out: str, *, steps: int, repeats: int) -> argparse.Argum
     """What speed.py and peers.py both take."""
     taken = argparse.ArgumentParser(description=about)
     taken.add_argument("--only", nargs="+", choices=WORKS, default=list(WORKS), help="leave out other works")
+    taken.add_argument(
+        "--weights",
+        nargs="+",
+        choices=tuple(WEIGHTS),
+        default=list(WEIGHTS),
+        help="what learns, where both are measured",
+    )
     taken.add_argument("--repeats", type=int, default=repeats)
     taken.add_argument(
         "--steps", type=int, default=steps, help="timed steps of a verb, after as many that do not count"
@@ -169,7 +180,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             except Failed as failure:
                 print(f"the work could not be prepared: {failure}")
                 return 1
-        wanted = [subject for work in found.only for subject in ours(work, found.out, found.steps, found.set)]
+        wanted = [
+            subject for work in found.only for subject in ours(work, found.out, found.steps, found.set, found.weights)
+        ]
     for repeat in range(1, found.repeats + 1):
         for subject in wanted:
             kept.measure(subject, repeat, found.limit)

@@ -52,8 +52,8 @@ def count_positions() -> None:
 def never_end() -> None:
     build = assemble.build_engine
 
-    def endless(*given: Any) -> Any:
-        engine: Any = build(*given)
+    def endless(*given: Any, **named: Any) -> Any:
+        engine: Any = build(*given, **named)
         engine.stop_tokens = frozenset()
         return engine
 

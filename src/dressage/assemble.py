@@ -251,9 +251,12 @@ def _begun(config: RewardConfig, folder: Path, model: ModelConfig) -> Role:
     return build_role(backbone, "reward", None, seed=config.seed, head=load_head(folder, backbone), depth=config.depth)
 
 
-def build_engine(kind: Literal["native", "huggingface"], role: Role, template: ChatTemplate, max_batch: int) -> Engine:
-    """A sampler of this role's answers."""
-    stops = {"stop_tokens": template.stop_tokens, "pad_token": template.pad_token, "active": role.sampling}
+def build_engine(
+    kind: Literal["native", "huggingface"], role: Role, template: ChatTemplate, max_batch: int, *, spare: bool = False
+) -> Engine:
+    """A sampler of this role's answers; `spare`: memory rather than time."""
+    active = role.speaking if spare else role.sampling
+    stops = {"stop_tokens": template.stop_tokens, "pad_token": template.pad_token, "active": active}
     match kind:
         case "native":
             from dressage.rollout.native import NativeEngine

@@ -18,7 +18,7 @@ def token_logprobs(
     *,
     temperature: float = 1.0,
     bias: Tensor | None = None,
-    chunk: int = 256,
+    chunk: int = 128,
     with_entropy: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probability of each row's target under softmax((hidden @ weight.T + bias) / temperature), and the entropy.
@@ -119,7 +119,7 @@ def full_kl(
     temperature: float = 1.0,
     bias: Tensor | None = None,
     ref_bias: Tensor | None = None,
-    chunk: int = 256,
+    chunk: int = 128,
 ) -> Tensor:
     """KL(policy || reference) [N] in nats of whole next-token distributions, from the states [N, H] they follow.
 

@@ -39,9 +39,9 @@ def test_without_a_budget_nothing_changes() -> None:
 
 
 def test_too_little_is_an_error_that_says_how_much_is_enough() -> None:
-    with pytest.raises(ConfigError, match=r"memory_gb=0\.5: .*take 1\.0 GB; set it to 1\.0 or more"):
+    with pytest.raises(ConfigError, match=r"memory_gb=0\.5: .*take 1\.0 GB; set it to 1\.1 or more"):
         within(TrainingConfig(memory_gb=0.5), SHAPE, 100_000_000, [READER])
-    assert within(TrainingConfig(memory_gb=1.0), SHAPE, 100_000_000, [READER]).micro_batch_tokens >= 64
+    assert within(TrainingConfig(memory_gb=1.1), SHAPE, 100_000_000, [READER]).micro_batch_tokens >= 64
 
 
 def test_dry_run_and_run_agree(tiny_model: Path, tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_dry_run_and_run_agree(tiny_model: Path, tmp_path: Path) -> None:
     model = ModelConfig(name=str(tiny_model), system="")
     settings = SftConfig(
         model=model, data=DataConfig(sources=(str(data),)), lora=LoraConfig(rank=4, alpha=8),
-        training=TrainingConfig(batch_size=32, memory_gb=0.4325),
+        training=TrainingConfig(batch_size=32, memory_gb=0.4825),
     )  # fmt: skip
     backbone = load_backbone(model)
     role = assemble.build_role(backbone, "policy", settings.lora, seed=1)
@@ -59,7 +59,7 @@ def test_dry_run_and_run_agree(tiny_model: Path, tmp_path: Path) -> None:
     tokens = learner.micro_batch_tokens
     assert tokens % 64 == 0 and 64 <= tokens < 1024
     told = []
-    for cut in ("memory_gb=0.4325", f"micro_batch_tokens={tokens}", f"micro_batch_tokens={tokens * 4}"):
+    for cut in ("memory_gb=0.4825", f"micro_batch_tokens={tokens}", f"micro_batch_tokens={tokens * 4}"):
         asked = [
             "sft", f"model.name={tiny_model}", "model.system=", f'data.sources=["{data}"]', "lora={rank: 4, alpha: 8}",
             "training.batch_size=32", f"training.{cut}", "--out", str(tmp_path / "out"), "--dry-run",

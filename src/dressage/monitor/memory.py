@@ -41,4 +41,12 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(_M_TRIM_THRESHOLD, 1 << 30) and mallopt(_M_MMAP_THRESHOLD, 32 << 20))
 
 
+def give_back_memory() -> None:
+    """What was kept so goes back to the system now: between sampling and learning, which want blocks of other sizes."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError):
+        return
+
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3

@@ -34,6 +34,7 @@ from dressage.models.reading import new_trunk, reads_trees
 from dressage.models.roles import Role
 from dressage.models.scoring import score_tokens, score_values
 from dressage.monitor.diversity import distinct
+from dressage.monitor.memory import give_back_memory
 from dressage.monitor.metrics import PART
 from dressage.rewards.learned import Scorer
 from dressage.rollout.engine import Engine
@@ -128,6 +129,7 @@ class RolloutSource:
         config, began = self.config, time.perf_counter()
         if self.policy.backbone.trunk is not None:
             self.policy.backbone.trunk.forget()
+        give_back_memory()
         drawn = self._draw(step)
         rollouts, rewards = drawn.rollouts, drawn.rewards
         samples = tensors_of(rollouts, self.template.pad_token)
@@ -182,6 +184,7 @@ class RolloutSource:
             Sample(rollout.prompt.text, rollout.text, reward.total, rollout.completion.finish)
             for rollout, reward in zip(rollouts[:SHOWN], rewards, strict=False)
         ]
+        give_back_memory()
         return Round(self._updates(batch, step), metrics, shown, adapted)
 
     def learnt(self, step: int, metrics: Mapping[str, float]) -> Mapping[str, float]:
