@@ -147,9 +147,9 @@ def page(kept: Kept, growth: Kept | None, picture_file: str) -> str:
         "prompts, answers or pairs. DPO's seconds hold the reference's share, which reads each pair once.",
         table(kept),
         f"![How many times our seconds and memory the peers take, and sampling by batch]({picture_file})",
-        "What the learner computes for nothing, as padding on these real lengths: "
-        + ", ".join(f"{work} {share:.1%}" for work, share in padding.items())
-        + ".",
+        "Positions that the learner computes beyond the batch's tokens, as a share of what it computes: "
+        + ", ".join(f"{work} {share:.0%}" for work, share in padding.items())
+        + ". Below zero it computes fewer: what several texts begin with is read once, padding never.",
         *notes(kept),
     ]
     if growth is not None:
@@ -166,6 +166,12 @@ def page(kept: Kept, growth: Kept | None, picture_file: str) -> str:
 
 def notes(kept: Kept) -> Iterator[str]:
     """Where the work is not quite the same."""
+    if "float32" in {run["result"]["compute"] for run in kept.runs if run["subject"].startswith("ours")}:
+        yield (
+            "This machine has no fast bfloat16, so all compute in float32, where most of the time is products of "
+            "matrices that everybody takes from the same library. What is quicker here is work that is not done; what "
+            "bfloat16 adds, and a GPU, is not measured on this page."
+        )
     if "ppo" in kept.works:
         yield (
             "PPO: our answers go on to 64 tokens here, as TRL computes so many for each; TRL's value and reward models "

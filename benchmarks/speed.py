@@ -33,6 +33,7 @@ WORKS = ("ppo", "grpo", "sft", "reward", "dpo", "sampling")
 DATA = {"ppo": "ppo", "grpo": "grpo", "sft": "sft", "reward": "pairs", "dpo": "pairs"}
 PPO: Mapping[str, Sequence[str]] = {
     "ours, LoRA": (),
+    "ours, LoRA, critic on the policy's trunk": ("value.start=zero",),
     "ours, LoRA, quickest": ("rollout.reuse_engine_logprobs=true", "training.micro_batch_tokens=2048"),
     "ours, LoRA, within 1.6 GB": ("rollout.reuse_engine_logprobs=true", "training.memory_gb=1.6"),
 }

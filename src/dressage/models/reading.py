@@ -188,7 +188,7 @@ def new_trunk(backbone: Backbone, adapter: str | None, room: int) -> Trunk | Non
     if depth == 0 or not reads_trees(backbone):
         return None
     tree = tree_of(*_probe(backbone))
-    trunk, usual = Trunk(depth, room), backbone.trunk
+    usual = backbone.trunk
     try:
         with torch.no_grad(), backbone.using(None):
             backbone.trunk = None
@@ -199,7 +199,7 @@ def new_trunk(backbone: Backbone, adapter: str | None, room: int) -> Trunk | Non
         return None
     finally:
         backbone.trunk = usual
-    return trunk if _alike(plain, ours, backbone) else None
+    return Trunk(depth, room) if _alike(plain, ours, backbone) else None
 
 
 def reads_trees(backbone: Backbone) -> bool:
@@ -281,10 +281,8 @@ def _attention(
     mixed = F.scaled_dot_product_attention(
         query, key, value, is_causal=True, scale=scaling, enable_gqa=key.shape[1] != query.shape[1]
     )
-    heads = mixed.shape[1]
-    return F.embedding(tree.first, mixed.transpose(1, 2).flatten(0, 1).flatten(1)).unflatten(-1, (heads, -1))[
-        None
-    ], None
+    found = F.embedding(tree.first, mixed.transpose(1, 2).flatten(0, 1).flatten(1))
+    return found.unflatten(-1, (mixed.shape[1], -1))[None], None
 
 
 def _only_what_we_do(module: nn.Module, mask: Tensor | None, dropout: float, more: Mapping[str, Any]) -> None:
