@@ -145,7 +145,8 @@ def page(kept: Kept, growth: Kept | None, picture_file: str) -> str:
         whose(kept),
         "Every measurement is a process of its own; ours and the peers' ran in turn. Seconds are medians of the "
         "repeats, with the least and the most; a ratio is that of the medians, and in brackets lie the ratios of the "
-        f"runs that followed each other. Runs of each: {' to '.join(times)}. What each work is, stands at the head of `benchmarks/speed.py`. Rows are "
+        f"runs that followed each other. Runs of each: {' to '.join(times)}. What each work is, stands at the head of "
+        "`benchmarks/speed.py`. Rows are "
         "prompts, answers or pairs. DPO's seconds hold the reference's share, which reads each pair once.",
         table(kept),
         f"![How many times our seconds and memory the peers take, and sampling by batch]({picture_file})",
