@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dressage.errors import CheckpointError
-from dressage.monitor.memory import peak_rss_gb
+from dressage.monitor.memory import give_back_memory, peak_rss_gb
 from dressage.settings import Settings
 
 MANIFEST, NOTES, GATE, LOCK = "stage.json", "data.json", "gate.json", ".lock"
@@ -74,6 +74,7 @@ def run_stage(name: str, config: Settings, folder: Path, work: RunStage) -> Stat
                 stopped = {"status": "interrupted", "seconds": spent + time.perf_counter() - began}
                 write_json(folder / MANIFEST, manifest | stopped)
             raise
+        give_back_memory()
         done = {
             "status": "done",
             "seconds": round(spent + time.perf_counter() - began, 3),

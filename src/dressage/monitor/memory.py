@@ -42,7 +42,7 @@ def keep_freed_memory() -> bool:
 
 
 def give_back_memory() -> None:
-    """What was kept so goes back to the system now: between sampling and learning, which want blocks of other sizes."""
+    """What was kept so goes back to the system now: what comes next, learning or another stage, wants other blocks."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError):
