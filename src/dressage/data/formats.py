@@ -362,7 +362,9 @@ def _completion(row: Row) -> Iterator[Demonstration]:
 def _rated(row: Row) -> Iterator[Rating]:
     if not isinstance(row["label"], bool):
         raise BadRow("a label that is not true or false", repr(row["label"])[:40])
-    yield Rating(_question(row["prompt"]), _answer(row["completion"]), row["label"])
+    if not isinstance(row.get("finished", True), bool):
+        raise BadRow("finished is not true or false")
+    yield Rating(_question(row["prompt"]), _answer(row["completion"]), row["label"], row.get("finished", True))
 
 
 def _worth_imitating(row: Row) -> Iterable[Demonstration]:

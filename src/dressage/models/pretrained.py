@@ -78,6 +78,14 @@ def cache_folder() -> Path:
     return Path(os.environ.get("DRESSAGE_CACHE") or Path.home() / ".cache" / "dressage")
 
 
+def quiet_transformers() -> None:
+    """Without its own bars and advice, which are not about what the user asked for."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
 def packaged_folder() -> Path:
     """SmolLM2-135M-Instruct from the wheel, as a safetensors folder in bfloat16; converted once, then kept."""
     target = cache_folder() / "smollm2-135m-instruct"

@@ -81,15 +81,19 @@ class NativeEngine:
 
     def stream(self, prompt: Prompt, sampling: Sampling) -> Iterator[int]:
         """The tokens of one answer as they are drawn, the end mark included: those that `generate` would draw."""
-        require_room([prompt], sampling, self.model)
-        steps = self._steps([prompt.tokens], seeds_of([prompt], sampling.seed), sampling)
+        return (token for _, token in self.stream_several([prompt], sampling))
+
+    def stream_several(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[tuple[int, int]]:
+        """Of several answers at once: the number of the prompt, and the next token of the answer to it."""
+        require_room(prompts, sampling, self.model)
+        steps = self._steps([prompt.tokens for prompt in prompts], seeds_of(prompts, sampling.seed), sampling)
         while True:
             # The model is ours only while a token is computed: whoever listens may stop listening at any token.
             with self._ready():
                 step = next(steps, None)
             if step is None:
                 return
-            yield step.tokens[0]
+            yield from zip(step.rows, step.tokens, strict=True)
 
     @contextmanager
     def _ready(self) -> Iterator[None]:

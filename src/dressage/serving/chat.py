@@ -115,21 +115,38 @@ def answer(talk: Conversation, engine: Streaming, question: str, console: Consol
     console.out("")
 
 
-def pieces(template: ChatTemplate, tokens: Iterator[int]) -> Iterator[str]:
-    """The text of a stream of tokens, bit by bit; a character is held back until its last byte is there."""
-    taken: list[int] = []
-    shown = ""
-    for token in tokens:
-        taken.append(token)
-        whole = template.decode(taken)
+class Spoken:
+    """The text of an answer that comes token by token; a character is held back until its last byte is there."""
+
+    def __init__(self, template: ChatTemplate) -> None:
+        self.template = template
+        self.tokens: list[int] = []
+        self.shown = ""
+
+    def hear(self, token: int) -> str:
+        """What can be shown now that has not been."""
+        self.tokens.append(token)
         # Decoders write U+FFFD for bytes that are not a character yet; a real one follows with the next token.
-        text = whole.rstrip("\ufffd")
-        if len(text) > len(shown) and text.startswith(shown):
-            yield text[len(shown) :]
-            shown = text
-    rest = template.decode(taken)[len(shown) :] if taken else ""
-    if rest:
-        yield rest
+        text = self.template.decode(self.tokens).rstrip("\ufffd")
+        return self._up_to(text) if text.startswith(self.shown) else ""
+
+    def rest(self) -> str:
+        """What was held back and will not become a character any more."""
+        return self._up_to(self.template.decode(self.tokens)) if self.tokens else ""
+
+    def _up_to(self, text: str) -> str:
+        new, self.shown = text[len(self.shown) :], max(self.shown, text, key=len)
+        return new
+
+
+def pieces(template: ChatTemplate, tokens: Iterator[int]) -> Iterator[str]:
+    """The text of a stream of tokens, bit by bit."""
+    spoken = Spoken(template)
+    for token in tokens:
+        if piece := spoken.hear(token):
+            yield piece
+    if piece := spoken.rest():
+        yield piece
 
 
 def with_thinking(template: ChatTemplate, thinking: bool) -> ChatTemplate:
