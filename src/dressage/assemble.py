@@ -57,6 +57,7 @@ from dressage.reward_parts import (
     EnsemblePart,
     ExactPart,
     FunctionPart,
+    JudgeConfig,
     JudgePart,
     LengthPart,
     ModelPart,
@@ -66,12 +67,13 @@ from dressage.reward_parts import (
     RewardPart,
 )
 from dressage.rewards import verifiers
-from dressage.rewards.check import check_targets, try_out
+from dressage.rewards.check import MADE_UP, check_targets, try_out
 from dressage.rewards.classifier import load_classifier
 from dressage.rewards.combined import CombinedReward
 from dressage.rewards.functions import FunctionReward
 from dressage.rewards.judge import Ask, JudgeReward, model_here, model_there
 from dressage.rewards.learned import LearnedReward, pessimistic
+from dressage.rewards.pair_judge import Pair, PairJudge
 from dressage.rewards.parts import Grade, Part
 from dressage.rewards.remote import RemoteReward
 from dressage.rollout.engine import Engine
@@ -448,24 +450,36 @@ def _grade(name: str, part: RewardPart, learned: Mapping[str, LearnedReward], se
         case RemotePart():
             return RemoteReward(part.url, part.timeout_seconds, part.batch_size)
         case JudgePart():
-            return JudgeReward(_judge(name, part), part.criteria, part.low, part.high, seed)
+            return JudgeReward(_ask(f"rewards.{name}", part), part.criteria, part.low, part.high, seed)
 
 
-def _judge(name: str, part: JudgePart) -> Ask:
-    if part.url is None:
-        template, role = build_template(part.model), Role(load_backbone(part.model))
-        return model_here(build_engine("native", role, template, JUDGED_AT_ONCE), template, part.max_new_tokens)
-    key = None if part.key_variable is None else os.environ.get(part.key_variable)
-    if part.key_variable is not None and not key:
+def build_pair_judge(judge: JudgeConfig, seed: int) -> PairJudge:
+    """Who says which of two answers is better; a server is first asked about two made-up answers.
+
+    ConfigError, EngineError: nobody can be asked.
+    """
+    built = PairJudge(_ask("pair_judge", judge), judge.criteria, seed)
+    if judge.url is not None:
+        built([Pair("What is 2 + 3?", *MADE_UP)])
+    return built
+
+
+def _ask(where: str, judge: JudgeConfig) -> Ask:
+    """Asks the judge of the settings of that name."""
+    if judge.url is None:
+        template, role = build_template(judge.model), Role(load_backbone(judge.model))
+        return model_here(build_engine("native", role, template, JUDGED_AT_ONCE), template, judge.max_new_tokens)
+    key = None if judge.key_variable is None else os.environ.get(judge.key_variable)
+    if judge.key_variable is not None and not key:
         raise ConfigError(
-            f"rewards.{name}: key_variable={part.key_variable}: no such environment variable; set it to the key"
+            f"{where}: key_variable={judge.key_variable}: no such environment variable; set it to the key"
         )
     if key is not None and not (key.isascii() and key.isprintable()):
         raise ConfigError(
-            f"rewards.{name}: key_variable={part.key_variable}: that environment variable holds a line break or another"
+            f"{where}: key_variable={judge.key_variable}: that environment variable holds a line break or another"
             " letter that no key has; set it anew"
         )
-    return model_there(part.url, part.model.name, part.max_new_tokens, part.timeout_seconds, key)
+    return model_there(judge.url, judge.model.name, judge.max_new_tokens, judge.timeout_seconds, key)
 
 
 def build_reward_model(

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from dressage.reward_parts import EnsemblePart, ModelPart, RewardPart
+from dressage.reward_parts import EnsemblePart, JudgeConfig, ModelPart, RewardPart
 from dressage.settings import (
     Above0,
     Filled,
@@ -460,8 +460,10 @@ class EvaluateConfig(Settings):
     """answers.jsonl of the model to beat."""
     after: str
     """answers.jsonl of the model in question, to the same prompts."""
-    judge: Literal["gold", "reward"] = "gold"
-    """gold: the simulated annotator's hidden preference; reward: the reward model's score."""
+    judge: Literal["gold", "reward", "model"] = "gold"
+    """gold: the simulated annotator's hidden preference; reward: the reward model's score; model: `pair_judge`."""
+    pair_judge: JudgeConfig | None = None
+    """The model that is shown both answers to each prompt, in both orders, and says which is better."""
     reward_model: str | None = None
     """Folder of a reward model whose score stands beside the gold."""
     rankings: tuple[str, ...] = ()
@@ -473,6 +475,10 @@ class EvaluateConfig(Settings):
     def _judge_is_there(self) -> EvaluateConfig:
         if self.judge == "reward" and self.reward_model is None:
             raise ValueError("judge=reward needs reward_model")
+        if self.judge == "model" and self.pair_judge is None:
+            raise ValueError("judge=model needs pair_judge: set which model is asked (pair_judge.model.name)")
+        if self.judge != "model" and self.pair_judge is not None:
+            raise ValueError(f"pair_judge is asked nothing with judge={self.judge}; set judge=model, or leave it out")
         return self
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -137,10 +137,9 @@ class RemotePart(AnyPart):
     on_failure: float = 0.0
 
 
-class JudgePart(AnyPart):
-    """A model that is asked for a grade: 0 for the lowest, 1 for the highest, 0.5 where it names none."""
+class JudgeConfig(Settings):
+    """A model that is asked what it thinks of answers."""
 
-    type: Literal["judge"]
     model: ModelConfig = ModelConfig()
     """Loaded here, or as the server of `url` calls it (model.name)."""
     url: HttpUrl | None = None
@@ -148,21 +147,31 @@ class JudgePart(AnyPart):
     key_variable: str | None = None
     """Environment variable that holds the server's key."""
     criteria: str = "How helpful, true and clear is the answer?"
-    low: Natural = 1
-    high: Positive = 10
-    """Grades are whole numbers from low to high."""
     max_new_tokens: Positive = 16
     """Longest verdict."""
     timeout_seconds: Above0 = 60.0
     """For one request to `url`, with all attempts."""
+
+    @model_validator(mode="after")
+    def _a_key_is_for_a_server(self) -> Self:
+        if self.key_variable is not None and self.url is None:
+            raise ValueError("key_variable is for a server: set url, or leave it out")
+        return self
+
+
+class JudgePart(AnyPart, JudgeConfig):
+    """A model that is asked for a grade: 0 for the lowest, 1 for the highest, 0.5 where it names none."""
+
+    type: Literal["judge"]
+    low: Natural = 1
+    high: Positive = 10
+    """Grades are whole numbers from low to high."""
     on_failure: float = 0.0
 
     @model_validator(mode="after")
     def _grades_differ(self) -> JudgePart:
         if self.low >= self.high:
             raise ValueError(f"low={self.low} must be below high={self.high}")
-        if self.key_variable is not None and self.url is None:
-            raise ValueError("key_variable is for a server: set url, or leave it out")
         return self
 
 

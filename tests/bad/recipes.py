@@ -258,6 +258,34 @@ CASES = (
         command="evaluate evaluate {} --out out",
     ),
     _setting(
+        "a judge of pairs that nobody named",
+        "judge=model",
+        "judge=model",
+        "pair_judge",
+        command="evaluate evaluate {} --out out",
+    ),
+    _setting(
+        "a judge of pairs beside another judge",
+        "pair_judge.url=http://127.0.0.1:9/x",
+        "judge=gold",
+        "pair_judge",
+        command="evaluate evaluate {} --out out",
+    ),
+    _setting(
+        "a judge of pairs that is to grade",
+        "judge=model pair_judge.high=5",
+        "pair_judge.high",
+        "unknown setting",
+        command="evaluate evaluate {} --out out",
+    ),
+    _setting(
+        "a key for a judge of pairs without a server",
+        "judge=model pair_judge.key_variable=NO_SUCH_KEY",
+        "pair_judge",
+        "set url",
+        command="evaluate evaluate {} --out out",
+    ),
+    _setting(
         "the best of several by nobody", "best_of=4", "best_of=4", "reward_model", command="sample sample {} --out out"
     ),
     _setting(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from bad.case import Case, lines
-from bad.data import GOOD
+from bad.data import ANSWERED, GOOD
 
 FILES = {
     "data.jsonl": lines(*GOOD),
@@ -51,6 +51,15 @@ def _server(wrong: str, path: str, *names: str, seconds: float = 0.4) -> Case:
 
 def _judge(wrong: str, path: str, *names: str, **settings: object) -> Case:
     return _part(wrong, names, type="judge", url=f"http://SERVER{path}", timeout_seconds=0.4, **settings)
+
+
+def _pairs(wrong: str, settings: str, *names: str) -> Case:
+    return Case(
+        wrong,
+        f"evaluate model.name=tiny before=one.jsonl after=one.jsonl judge=model {settings} --out out",
+        names,
+        {"one.jsonl": lines(ANSWERED)},
+    )
 
 
 CASES = (
@@ -160,4 +169,18 @@ CASES = (
     _judge("a judge whose grades go down", "", "low=9", "high=3", low=9, high=3),
     _part("a key for a judge without a server", ("key_variable",), type="judge", key_variable="NO_SUCH_KEY"),
     _part("a judge whose model is not there", ("absent",), type="judge", model={"name": "./absent"}),
+    _pairs(
+        "a judge of pairs that fails",
+        "pair_judge.url=http://SERVER/500 pair_judge.timeout_seconds=0.4",
+        "pair_judge",
+        "SERVER/500",
+        "HTTP 500",
+    ),
+    _pairs(
+        "a judge of pairs whose key is not set",
+        "pair_judge.url=http://SERVER/chat pair_judge.key_variable=NO_SUCH_KEY",
+        "pair_judge",
+        "NO_SUCH_KEY",
+    ),
+    _pairs("a judge of pairs whose model is not there", "pair_judge.model.name=./absent", "./absent"),
 )

@@ -357,11 +357,15 @@ def compared(**changes: float) -> dict[str, Any]:
         ({"finished_ppo": 0.3}, {"finished answers": "warn"}),
         ({"distinct_ppo": 0.4}, {"variety": "warn"}),
         ({"kl_per_answer": 35.0}, {"what it could before": "warn"}),
+        ({"judge_unread": 30, "judge_failed": 30, "judge_same_place": 0.5}, {}),
+        ({"judge_unread": 31, "judge_failed": 30, "judge_same_place": 0.1}, {"the judge's verdicts": "warn"}),
+        ({"judge_unread": 0, "judge_failed": 0, "judge_same_place": 0.51}, {"the judge's place": "warn"}),
+        ({"judge_unread": 120, "judge_failed": 0}, {"the judge's verdicts": "warn"}),  # and of no place is told
     ],
 )
 def test_an_evaluation(changes: dict[str, float], expected: dict[str, str]) -> None:
     found = said(gates.of_comparison(compared(**changes)))
-    assert len(found) == 5
+    assert len(found) == 5 + ("judge_unread" in changes) + ("judge_same_place" in changes)
     assert {what: verdict for what, verdict in found.items() if verdict != "ok"} == expected
 
 

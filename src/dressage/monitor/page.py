@@ -191,6 +191,12 @@ CHINESE: Mapping[str, str] = {
     "length alone": "只看长度",
     "Judged by the simulated annotator's hidden preference.": "评判者：模拟标注员的隐藏偏好。",
     "Judged by the reward model.": "评判者：奖励模型。",
+    "Judged by a model that was asked about every pair in both orders.": (
+        "评判者：一个模型，每对回答按两种顺序各问一次。"
+    ),
+    "In {} of the pairs the same place won both times; they count as ties.": (
+        "{} 的回答对中，两次都是同一位置胜出；算作平局。"
+    ),
     "Distance travelled": "偏离距离",
     "KL to the starting model, per answer": "与起始模型的 KL（每个回答）",
     "Length": "长度",

@@ -219,8 +219,15 @@ def _win_rate(summary: Mapping[str, Any], say: Say) -> Html:
         el("span.centre", f"50 %: {say('no difference')}"),
         el("span.right", "100 %"),
     )
-    judge = {"gold": "Judged by the simulated annotator's hidden preference.", "reward": "Judged by the reward model."}
+    judge = {
+        "gold": "Judged by the simulated annotator's hidden preference.",
+        "reward": "Judged by the reward model.",
+        "model": "Judged by a model that was asked about every pair in both orders.",
+    }
     judged = say(judge.get(str(summary.get("judge")), ""))
+    if (place := number(summary, "judge_same_place")) is not None:
+        told = "In {} of the pairs the same place won both times; they count as ties."
+        judged += " " + say(told).format(_percent(place))
     said = el("p.note", f"{say(sentence).format(_percent(rate))} {judged} ", el("b", interval))
     head = el("div", el("p.name", say("Win rate")), el("div.big", _percent(rate)), chip)
     return el("div.card.tile.hero", head, el("div", said, scale))
@@ -244,6 +251,8 @@ def _examples(examples: Any, say: Say) -> Html:
 def _example(one: Mapping[str, Any], say: Say) -> Html:
     judge = "gold" if number(one, "gold_after") is not None else "reward"
     before, after = number(one, f"{judge}_before"), number(one, f"{judge}_after")
+    if (sign := number(one, "verdict")) is not None:
+        before, after = 0.0, sign
     verdict = Html()
     if before is not None and after is not None and before != after:
         style, word = ("ok", f"▲ {say('better')}") if after > before else ("stop", f"▼ {say('worse')}")

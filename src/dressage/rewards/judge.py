@@ -65,17 +65,22 @@ class JudgeReward:
 
     def question(self, rollout: Rollout) -> str:
         """What the judge is asked. The marks are those of this answer: no answer can contain its own."""
-        told = f"{self.seed}:{rollout.prompt.id}:{rollout.text}"
-        digest = hashlib.sha256(told.encode(errors="surrogatepass")).hexdigest()
+        mark, other = marks(2, self.seed, rollout.prompt.id, rollout.text)
         return QUESTION.format(
-            mark=f"<<{digest[:12]}>>",
-            other=f"<<{digest[12:24]}>>",
+            mark=mark,
+            other=other,
             prompt=rollout.prompt.text,
             answer=rollout.text,
             criteria=self.criteria,
             low=self.low,
             high=self.high,
         )
+
+
+def marks(count: int, *told: object) -> list[str]:
+    """Up to five marks that nobody who wrote a part of what is told can have known."""
+    digest = hashlib.sha256(":".join(map(str, told)).encode(errors="surrogatepass")).hexdigest()
+    return [f"<<{digest[12 * n : 12 * n + 12]}>>" for n in range(count)]
 
 
 def verdict(reply: str, low: int, high: int) -> int | None:

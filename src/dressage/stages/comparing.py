@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,10 @@ from dressage.models.files import load_reward_model
 from dressage.models.roles import Role
 from dressage.monitor.diversity import distinct
 from dressage.pipeline import write_json
+from dressage.reward_parts import JudgeConfig
 from dressage.rewards.learned import score_rows
+from dressage.rewards.pair_judge import Pair, PairVerdicts
+from dressage.schema import Rollout
 from dressage.stages import gates
 from dressage.stages.answers import gold_of, read_answers
 
@@ -77,6 +80,8 @@ def evaluate(config: EvaluateConfig, folder: Path, console: Console | None) -> N
     ids = {side: [rollout.prompt.id for rollout in rollouts] for side, rollouts in sides.items()}
     if ids["before"] != ids["after"]:
         raise DataError(f"{config.before} and {config.after} do not answer the same prompts; sample both from one file")
+    # Before anything else is loaded: whoever is asked may not be there, and is done with then.
+    verdicts = None if config.pair_judge is None else _verdicts(config.pair_judge, config.seed, sides)
     role = None if config.reward_model is None else load_reward_model(Path(config.reward_model))
     found: dict[str, Any] = {
         "judge": config.judge,
@@ -91,9 +96,15 @@ def evaluate(config: EvaluateConfig, folder: Path, console: Console | None) -> N
             for side, rollouts in sides.items()
         }
     judged = gold if config.judge == "gold" else learned
+    if verdicts is not None:
+        judged = {"after": [float(sign) for sign in verdicts.signs], "before": [0.0] * len(verdicts.signs)}
     won = win_rate(judged["after"], judged["before"])
     found |= {"win_rate": won.rate, "win_rate_low": won.low, "win_rate_high": won.high}
     found |= {"wins": won.wins, "ties": won.ties, "losses": won.losses}
+    if verdicts is not None:
+        found |= {f"judge_{what}": getattr(verdicts, what) for what in ("disagreed", "unread", "failed")}
+        if verdicts.same_place_share is not None:
+            found["judge_same_place"] = verdicts.same_place_share
     for side, name in {"before": "sft", "after": "ppo"}.items():
         rollouts = sides[side]
         found[f"gold_{name}"] = _mean(gold[side])
@@ -118,6 +129,7 @@ def evaluate(config: EvaluateConfig, folder: Path, console: Console | None) -> N
             "after": after.text,
             **({"gold_before": gold["before"][i], "gold_after": gold["after"][i]} if config.judge == "gold" else {}),
             **({"reward_before": learned["before"][i], "reward_after": learned["after"][i]} if learned else {}),
+            **({} if verdicts is None else {"verdict": verdicts.signs[i]}),
         }
         for i, (before, after) in enumerate(zip(sides["before"], sides["after"], strict=True))
     ]
@@ -126,7 +138,24 @@ def evaluate(config: EvaluateConfig, folder: Path, console: Console | None) -> N
         console.print(
             f"  win rate {won.rate:.2f} ({won.low:.2f} to {won.high:.2f}) on {won.n} prompts, judged by {config.judge}"
         )
+        if verdicts is not None:
+            console.print(f"  {_two_orders(verdicts)}", soft_wrap=True)
     gates.judge(folder, gates.of_comparison(found), console)
+
+
+def _verdicts(judge: JudgeConfig, seed: int, sides: Mapping[str, Sequence[Rollout]]) -> PairVerdicts:
+    """A win is one of the answer after."""
+    pairs = zip(sides["after"], sides["before"], strict=True)
+    return assemble.build_pair_judge(judge, seed)([Pair(a.prompt.text, a.text, b.text) for a, b in pairs])
+
+
+def _two_orders(verdicts: PairVerdicts) -> str:
+    share = verdicts.same_place_share
+    place = "" if share is None else f"; the same place won both times in {share:.0%}"
+    return (
+        f"asked in both orders: {verdicts.disagreed} pairs disagreed, {verdicts.unread} had no verdict,"
+        f" {verdicts.failed} got no reply (all ties){place}"
+    )
 
 
 def summarise(folder: Path) -> dict[str, Any]:

@@ -45,6 +45,8 @@ ENDS_SELDOM, ENDS_OFTEN = 0.05, 0.5
 ONE_SIDED = 0.75
 """Share of pairs that one length, or one place, surely wins."""
 LEAKED, REPEATED, TIED = 0.1, 0.1, 0.5
+UNJUDGED, ONE_PLACE = 0.5, 0.5
+"""Shares of the pairs that a judge was asked about in both orders."""
 FAR = 20.0
 """Nats an answer from the model before."""
 MEASURED_ON = 16
@@ -406,6 +408,17 @@ def of_comparison(found: Mapping[str, Any]) -> Iterable[Ruling]:
     told = f"{_share(rate, low, high)} of {found['prompts']} prompts, judged by {found['judge']}"
     remedy = "a lower optimizer.learning_rate, more kl.coef, or a better reward model"
     yield rule("win rate", rate, told, remedy, fail=high < 0.5, warn=low <= 0.5)
+    if "judge_unread" in found:
+        unread, failed = found["judge_unread"], found["judge_failed"]
+        lost = (unread + failed) / found["prompts"]
+        told = f"{unread} of {found['prompts']} pairs had none that can be read, {failed} got no reply; they are ties"
+        remedy = "another pair_judge.model, or more pair_judge.timeout_seconds"
+        yield rule("the judge's verdicts", lost, told, remedy, warn=lost > UNJUDGED)
+    if "judge_same_place" in found:
+        share = found["judge_same_place"]
+        told = f"in {share:.0%} of pairs the same place won in both orders: a verdict on the place, not on the answer"
+        remedy = "a larger pair_judge.model, or plainer pair_judge.criteria"
+        yield rule("the judge's place", share, told, remedy, warn=share > ONE_PLACE)
     if {"gold_sft", "score_sft"} <= found.keys():
         gold, score = (found[f"{name}_ppo"] - found[f"{name}_sft"] for name in ("gold", "score"))
         told = f"gold {gold:+.2f}, learned score {score:+.2f}"

@@ -362,6 +362,8 @@ class Foresight:
     def _evaluate(self, config: EvaluateConfig) -> Said:
         (before, known), (after, also) = (self._answers(path) for path in (config.before, config.after))
         said = {"data": f"{before} answers before, {after} after{_if_known(known and also)}"}
+        if config.pair_judge is not None:
+            said["work"] = f"{2 * after} questions to the judge: each pair in both orders"
         if config.reward_model is None:
             return said
         shape = shape_of(self._model(config.model))
