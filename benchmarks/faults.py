@@ -733,9 +733,12 @@ def full_at_operation(trial: Trial, name: str, number: int) -> Fault:
     """As `full_disk`, without a disk of its own: each write fails from one on."""
     trial.afresh()
     child = start(trial.jobs[name], trial.folder, full_from(number))
-    wrong = ends_with_a_line(child, "No space left", "disk is full")
+    # After the last write nothing fails any more.
+    code = child.wait()
+    wrong = None if code == 0 else ends_with_a_line(child, "No space left", "disk is full")
     wrong = wrong or looks_whole(trial.folder, trial.wanted[name]) or resumed(trial, name)
-    return Fault("writes", name, f"full from file operation {number} on, {child.moment}", FULL, wrong)
+    kind = ENOUGH if code == 0 else FULL
+    return Fault("writes", name, f"full from file operation {number} on, {child.moment}", kind, wrong)
 
 
 # --- memory

@@ -201,6 +201,64 @@ CASES = (
         "quickstart --rankings absent.jsonl --out out",
         ("absent.jsonl", "no such file"),
     ),
+    # --- serve and feedback
+    Case("no model for serve", "serve", ("model", "serve --help")),
+    Case("a model to serve that is not there", "serve ./absent --port 0", ("./absent", "no such model folder")),
+    Case("a port that is none", "serve tiny --port 70000", ("--port", "65535")),
+    Case("a port that is a word", "serve tiny --port http", ("--port",)),
+    Case("an address for all, without saying so", "serve tiny --host 0.0.0.0", ("--host 0.0.0.0", "--expose")),
+    Case(
+        "an address for all, without a name",
+        "serve tiny --host 0.0.0.0 --expose",
+        ("--host 0.0.0.0", "--allow-host"),
+    ),
+    Case(
+        "an address that is not this machine's",
+        "serve tiny --host 192.0.2.1 --expose --port 0",
+        ("192.0.2.1", "cannot listen there", "--port"),
+    ),
+    Case("an answer of no time", "serve tiny --seconds 0", ("--seconds",)),
+    Case("a temperature to serve without end", "serve tiny --temperature 11", ("--temperature",)),
+    Case("votes into a folder", "serve tiny --port 0 --feedback tiny", ("tiny", "unable to open"), theirs=True),
+    Case(
+        "votes into a file of rows",
+        "serve tiny --port 0 --feedback data.jsonl",
+        ("data.jsonl", "not a database"),
+        {"data.jsonl": lines(*GOOD)},
+        theirs=True,
+    ),
+    Case("votes into a database of no kind", "serve tiny --port 0 --feedback paper://desk", ("paper",), theirs=True),
+    Case("votes into an address that is none", "feedback list ://", ("feedback's place", "postgresql")),
+    Case("feedback without a verb", "feedback lst", ("lst", "feedback --help")),
+    Case("feedback of nobody", "feedback list absent.db", ("absent.db", "no feedback here", "dressage serve")),
+    Case(
+        "feedback in a file of rows",
+        "feedback list data.jsonl",
+        ("data.jsonl", "not a database"),
+        {"data.jsonl": lines(*GOOD)},
+        theirs=True,
+    ),
+    Case("feedback of no kind", "feedback export votes f.db", ("votes", "rankings")),
+    Case("feedback to export that is not there", "feedback export rankings absent.db", ("absent.db",)),
+    Case(
+        "feedback to export that nobody gave",
+        "feedback export ratings f.db",
+        ("f.db", "no ratings", "feedback list"),
+        before=_empty_store,
+    ),
+    Case("feedback to delete, but which?", "feedback delete f.db --yes", ("--id", "--annotator"), before=_empty_store),
+    Case(
+        "feedback to delete by two names",
+        "feedback delete f.db --yes --id 0 --annotator Anna",
+        ("--id", "--annotator"),
+        before=_empty_store,
+    ),
+    Case(
+        "feedback to delete, but really?",
+        "feedback delete f.db --annotator Anna",
+        ("cannot be brought back", "--yes"),
+        before=_empty_store,
+    ),
 )
 
 
@@ -208,66 +266,4 @@ def _without_weights(place) -> None:
     import shutil
 
     shutil.copytree(place / "tiny", place / "model")
-    (place / "model" / "model.safetensors").unlink(  # --- serve and feedback
-        Case("no model for serve", "serve", ("model", "serve --help")),
-        Case("a model to serve that is not there", "serve ./absent --port 0", ("./absent", "no such model folder")),
-        Case("a port that is none", "serve tiny --port 70000", ("--port", "65535")),
-        Case("a port that is a word", "serve tiny --port http", ("--port",)),
-        Case("an address for all, without saying so", "serve tiny --host 0.0.0.0", ("--host 0.0.0.0", "--expose")),
-        Case(
-            "an address for all, without a name",
-            "serve tiny --host 0.0.0.0 --expose",
-            ("--host 0.0.0.0", "--allow-host"),
-        ),
-        Case(
-            "an address that is not this machine's",
-            "serve tiny --host 192.0.2.1 --expose --port 0",
-            ("192.0.2.1", "cannot listen there", "--port"),
-        ),
-        Case("an answer of no time", "serve tiny --seconds 0", ("--seconds",)),
-        Case("a temperature to serve without end", "serve tiny --temperature 11", ("--temperature",)),
-        Case("votes into a folder", "serve tiny --port 0 --feedback tiny", ("tiny", "unable to open"), theirs=True),
-        Case(
-            "votes into a file of rows",
-            "serve tiny --port 0 --feedback data.jsonl",
-            ("data.jsonl", "not a database"),
-            {"data.jsonl": lines(*GOOD)},
-            theirs=True,
-        ),
-        Case(
-            "votes into a database of no kind", "serve tiny --port 0 --feedback paper://desk", ("paper",), theirs=True
-        ),
-        Case("votes into an address that is none", "feedback list ://", ("feedback's place", "postgresql")),
-        Case("feedback without a verb", "feedback lst", ("lst", "feedback --help")),
-        Case("feedback of nobody", "feedback list absent.db", ("absent.db", "no feedback here", "dressage serve")),
-        Case(
-            "feedback in a file of rows",
-            "feedback list data.jsonl",
-            ("data.jsonl", "not a database"),
-            {"data.jsonl": lines(*GOOD)},
-            theirs=True,
-        ),
-        Case("feedback of no kind", "feedback export votes f.db", ("votes", "rankings")),
-        Case("feedback to export that is not there", "feedback export rankings absent.db", ("absent.db",)),
-        Case(
-            "feedback to export that nobody gave",
-            "feedback export ratings f.db",
-            ("f.db", "no ratings", "feedback list"),
-            before=_empty_store,
-        ),
-        Case(
-            "feedback to delete, but which?", "feedback delete f.db --yes", ("--id", "--annotator"), before=_empty_store
-        ),
-        Case(
-            "feedback to delete by two names",
-            "feedback delete f.db --yes --id 0 --annotator Anna",
-            ("--id", "--annotator"),
-            before=_empty_store,
-        ),
-        Case(
-            "feedback to delete, but really?",
-            "feedback delete f.db --annotator Anna",
-            ("cannot be brought back", "--yes"),
-            before=_empty_store,
-        ),
-    )
+    (place / "model" / "model.safetensors").unlink()

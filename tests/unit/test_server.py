@@ -351,3 +351,20 @@ def test_without_the_extra_it_says_what_to_install(dressage: Any, monkeypatch: p
     for command in (("serve", "packaged"), ("feedback", "list")):
         ran = dressage(*command)
         assert ran.exit_code == 2 and "pip install 'dressage[serve]'" in ran.stderr
+
+
+def test_votes_become_weights(empty: Served, tiny_model: Path, tmp_path: Path, dressage: Any) -> None:
+    """All the way round: what people prefer on the page is what `dressage dpo` learns."""
+    for number in range(4):
+        told = ask(empty, n=2, messages=[{"role": "user", "content": f"Question {number}"}], seed=number).json()
+        vote = {"id": told["id"], "consent": "en", "ranks": [number % 2, 1 - number % 2]}
+        assert empty.ask("POST", VOTE, vote).status == 201
+    votes = tmp_path / "votes.jsonl"
+    assert dressage("feedback", "export", "rankings", empty.store.name, "--out", votes).exit_code == 0
+    ran = dressage(
+        "dpo", f"model.name={tiny_model}", f"data.sources=[{votes}]", "data.heldout_fraction=0", "lora.rank=2",
+        "training.steps=1", "training.batch_size=2", "--out", tmp_path / "dpo",
+    )  # fmt: skip
+    assert ran.exit_code == 0, ran.output
+    assert "4 records of 4 rows (Dressage rankings)" in ran.output
+    assert (tmp_path / "dpo/policy/adapter_model.safetensors").is_file()

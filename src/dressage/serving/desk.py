@@ -14,7 +14,7 @@ from dressage.data.template import ChatTemplate
 from dressage.schema import Finish, Message, Prompt, Sampling
 from dressage.serving.chat import Spoken
 
-REMEMBERED = 1000
+REMEMBERED = 500
 """Answers of which feedback is taken, the newest."""
 WAITING = 8
 """Questions that may wait for their turn."""
@@ -106,7 +106,7 @@ class Desk:
         stops = self.template.stop_tokens
         answered = Answered(
             id=identity,
-            prompt=prompt,
+            prompt=replace(prompt, tokens=()),
             answers=tuple(self.template.decode(one.tokens) for one in spoken),
             finishes=tuple("stop" if one.tokens and one.tokens[-1] in stops else "length" for one in spoken),
             tokens=sum(len(one.tokens) for one in spoken),

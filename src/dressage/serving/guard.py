@@ -81,7 +81,9 @@ class Guard:
             more = {"www-authenticate": "Bearer"} if refused.status == 401 else {}
             headers = _raw({"content-type": "application/json"} | more)
             await answered({"type": "http.response.start", "status": refused.status, "headers": headers})
-            await answered({"type": "http.response.body", "body": refused.content()})
+            await answered({"type": "http.response.body", "body": refused.content(), "more_body": True})
+            await _linger(receive)
+            await answered({"type": "http.response.body", "body": b""})
             return
         read = False
 
@@ -143,6 +145,14 @@ class Impatient(H11Protocol):
     def _end_if_silent(self) -> None:
         if self.cycle is None:
             self.transport.close()
+
+
+async def _linger(receive: Receive) -> None:
+    """Hear out for a second who is still sending: a connection that is closed on them loses what was answered."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(1):
+            while (await receive()).get("more_body"):
+                pass
 
 
 def _name(host: str) -> str:
