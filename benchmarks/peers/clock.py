@@ -1,4 +1,4 @@
-"""Seconds of a trainer's steps, from the end of one to the end of the next, and the line that ends a measurement."""
+"""What TRL's trainers are told alike, the seconds of their steps, and the line that ends a measurement."""
 
 from __future__ import annotations
 
@@ -10,6 +10,22 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback
+
+
+def alike(asked: dict[str, Any]) -> dict[str, Any]:
+    """Settings of every trainer: nothing saved, nothing recomputed, the compute type as asked."""
+    return {
+        "output_dir": asked["out"],
+        "max_steps": 2 * asked["timed"],
+        "learning_rate": 1e-5,
+        "gradient_checkpointing": False,
+        "bf16": asked["bf16"],
+        "use_cpu": not torch.cuda.is_available(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+    }
 
 
 class Clock(TrainerCallback):

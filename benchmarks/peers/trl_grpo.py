@@ -9,7 +9,7 @@ import json
 import sys
 
 import torch
-from clock import Clock, tell
+from clock import Clock, alike, tell
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -29,22 +29,13 @@ trainer = GRPOTrainer(
     model=AutoModelForCausalLM.from_pretrained(asked["model"], dtype=torch.float32),
     reward_funcs=near_a_hundred_characters,
     args=GRPOConfig(
-        output_dir=asked["out"],
-        max_steps=2 * asked["timed"],
+        **alike(asked),
         per_device_train_batch_size=asked["micro_batch"],
         gradient_accumulation_steps=asked["rows"] // asked["micro_batch"],
         num_generations=asked["group"],
         max_completion_length=asked["new"],
         temperature=1.0,
         beta=0.04,
-        learning_rate=1e-5,
-        gradient_checkpointing=False,
-        bf16=asked["bf16"],
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
     ),
     train_dataset=prompts,
     processing_class=AutoTokenizer.from_pretrained(asked["model"]),

@@ -9,7 +9,7 @@ import json
 import sys
 
 import torch
-from clock import Clock, tell
+from clock import Clock, alike, tell
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -40,19 +40,10 @@ clock = Clock()
 trainer = Trainer(
     model=kind.from_pretrained(asked["model"], dtype=torch.float32, **options),
     args=Config(
-        output_dir=asked["out"],
-        max_steps=2 * asked["timed"],
+        **alike(asked),
         per_device_train_batch_size=asked["rows"],
         gradient_accumulation_steps=1,
         max_length=asked["max_tokens"],
-        learning_rate=1e-5,
-        gradient_checkpointing=False,
-        bf16=asked["bf16"],
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
     ),
     train_dataset=rows,
     processing_class=AutoTokenizer.from_pretrained(asked["model"]),

@@ -37,6 +37,7 @@ from dressage.data.sources import Loaded, read_demonstrations, read_prompts, rea
 from dressage.data.template import READER, ChatTemplate
 from dressage.errors import ConfigError, DataError, ModelError
 from dressage.material import path as material_path
+from dressage.models.backbone import Backbone
 from dressage.models.files import (
     load_backbone,
     load_head,
@@ -48,7 +49,6 @@ from dressage.models.files import (
     saved_model,
     written_model,
 )
-from dressage.models.lora import Backbone
 from dressage.models.pretrained import ROLE_FILE, load_tokenizer, model_shape, quiet_transformers, reads_both_ways
 from dressage.models.roles import Role, ScalarHead
 from dressage.monitor.writers import Monitor
@@ -80,8 +80,8 @@ from dressage.rollout.engine import Engine
 from dressage.rollout.native import NativeEngine
 from dressage.schema import Prompt
 from dressage.settings import ModelConfig
+from dressage.training.cost import Reader, frozen_weights, shape_of, within
 from dressage.training.optimizer import Optimizer, learning_rate
-from dressage.training.preflight import Reader, shape_of, within
 from dressage.training.update import Learner
 
 Records = Literal["demonstrations", "rankings", "ratings", "prompts"]
@@ -319,10 +319,19 @@ def build_learner(
     )
 
 
+def check_memory(config: SftConfig | RewardConfig | DpoConfig | PpoConfig) -> None:
+    """ConfigError where training.memory_gb has no room even for what learns alone, before anything is loaded."""
+    if config.training.memory_gb is not None:
+        learner = Reader(shape_of(config.model), config.lora, getattr(config, "depth", None))
+        within(config.training, learner.shape, frozen_weights(learner.shape, 1, (), [learner]), [learner])
+
+
 def _within_memory(
     config: SftConfig | RewardConfig | DpoConfig | PpoConfig, policy: Role, value: Role | None, others: Iterable[Role]
 ) -> int:
     """Tokens of a micro-batch."""
+    if config.training.memory_gb is None:
+        return config.training.micro_batch_tokens
     models = [config.model]
     if isinstance(config, PpoConfig) and value is not None:
         models.append(config.value.model or config.model)

@@ -14,15 +14,15 @@ from dressage.config import DataConfig, LoraConfig, SftConfig, TrainingConfig
 from dressage.errors import ConfigError
 from dressage.models.files import load_backbone
 from dressage.settings import ModelConfig
-from dressage.training.preflight import CHUNK, KEPT, LOGITS, PROCESS_BYTES, Reader, Shape, within
+from dressage.training.cost import CHUNK, KEPT, LOGITS, PROCESS_BYTES, Reader, Shape, within
 
 SHAPE = Shape(
-    weights=100_000_000, layer_weights=3_000_000, layer_ends=10_000, depth=30, width=576, vocabulary=50_000, cached=384,
-    bytes_each=4,
+    weights=100_000_000, layer_weights=3_000_000, layer_ends=10_000, spared=2_000, depth=30, width=576,
+    vocabulary=50_000, cached=384, bytes_each=4,
 )  # fmt: skip
 READER = Reader(SHAPE, LoraConfig(rank=16, alpha=32, layers=10))
 FIXED = PROCESS_BYTES + 4 * 100_000_000 + 16 * (10 * 10_000 * 16) + LOGITS * CHUNK * 50_000 * 4
-EACH = KEPT * 10 * 10_000 * 4
+EACH = KEPT * 10 * (10_000 - 2_000) * 4
 
 
 def test_tokens_by_hand() -> None:
@@ -68,3 +68,14 @@ def test_dry_run_and_run_agree(tiny_model: Path, tmp_path: Path) -> None:
         assert ran.exit_code == 0, ran.output
         told.append(next(line for line in ran.stdout.splitlines() if "micro-batch" in line))
     assert told[0] == told[1] != told[2]
+
+
+def test_too_little_is_said_before_anything_is_loaded(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(f'{{"prompt": "Question {i}?", "completion": "Answer."}}\n' for i in range(8)))
+    monkeypatch.setattr("dressage.stages.learning.load_backbone", lambda *_: pytest.fail("loaded"))
+    arguments = ["sft", f"model.name={tiny_model}", f"data.sources=[{data}]", "training.memory_gb=0.4"]
+    ran = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "out")])
+    assert ran.exit_code == 2 and "memory_gb=0.4" in ran.output and not (tmp_path / "out").exists()

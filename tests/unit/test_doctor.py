@@ -23,7 +23,7 @@ from dressage.doctor.subject import Subject
 from dressage.doctor.target import subject_of
 from dressage.experience import build
 from dressage.models import files, scoring
-from dressage.models.lora import Backbone
+from dressage.models.backbone import Backbone
 from dressage.models.roles import Role, ScalarHead
 from dressage.recipe import load_stage
 from dressage.rewards.learned import LearnedReward

@@ -13,6 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from dressage.config import LoraConfig
 from dressage.errors import CheckpointError, ModelError
+from dressage.models.backbone import Backbone
 from dressage.models.files import (
     Normalisation,
     load_backbone,
@@ -22,7 +23,6 @@ from dressage.models.files import (
     saved_model,
     weights_hash,
 )
-from dressage.models.lora import Backbone
 from dressage.models.pretrained import compute_dtype, lineage
 from dressage.models.roles import Role, ScalarHead
 from dressage.models.scoring import score_sequences, score_tokens, score_values

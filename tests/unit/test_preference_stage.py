@@ -19,7 +19,7 @@ from dressage.config import LoraConfig, OptimizerConfig
 from dressage.data.collate import collate_rankings, collate_ratings
 from dressage.data.prepare import EncodedRanking, EncodedRating
 from dressage.data.template import Encoded
-from dressage.models.lora import Backbone
+from dressage.models.backbone import Backbone
 from dressage.models.roles import Role
 from dressage.monitor.writers import read_metrics
 from dressage.training.optimizer import Optimizer

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from dressage.config import LoraConfig
 from dressage.data.order import length_sorted_chunks
-from dressage.models.lora import Backbone
+from dressage.models.backbone import Backbone
 from dressage.models.reading import Trunk, new_trunk, read, reads_trees, tree_of
 from dressage.models.roles import Role, ScalarHead
 from dressage.models.scoring import score_sequences, score_tokens

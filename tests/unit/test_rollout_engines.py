@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from dressage.config import LoraConfig
 from dressage.errors import EngineError, ModelError
 from dressage.experience.build import tensors_of
-from dressage.models.lora import Backbone
+from dressage.models.backbone import Backbone
 from dressage.models.pretrained import packaged_folder
 from dressage.models.roles import Role
 from dressage.models.scoring import score_tokens

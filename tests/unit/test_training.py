@@ -17,8 +17,8 @@ from dressage.algorithms.catalog import algorithm
 from dressage.batches import Experience, PreferenceBatch, SupervisedBatch
 from dressage.config import LoraConfig, OptimizerConfig, TrainingConfig
 from dressage.errors import CheckpointError
+from dressage.models.backbone import Backbone
 from dressage.models.files import weights_hash
-from dressage.models.lora import Backbone
 from dressage.models.roles import Role, ScalarHead
 from dressage.models.scoring import score_tokens, score_values
 from dressage.monitor.writers import Monitor, read_metrics

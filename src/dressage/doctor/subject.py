@@ -32,8 +32,8 @@ from dressage.data.sources import Loaded, read_demonstrations, read_prompts, rea
 from dressage.data.template import ChatTemplate, Encoded
 from dressage.errors import ConfigError
 from dressage.experience.build import Samples, build_experience, tensors_of
+from dressage.models.backbone import Backbone
 from dressage.models.files import add_saved_adapter, load_backbone, saved_model
-from dressage.models.lora import Backbone
 from dressage.models.pretrained import ROLE_FILE, lineage
 from dressage.models.roles import Role, ScalarHead
 from dressage.models.scoring import score_sequences, score_tokens

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dressage.config import LoraConfig
 from dressage.errors import CheckpointError, ModelError
-from dressage.models.lora import Backbone, peft_config
+from dressage.models.backbone import Backbone, peft_config
 from dressage.models.pretrained import (
     ADAPTER_FILE,
     ROLE_FILE,

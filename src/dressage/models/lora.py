@@ -1,22 +1,16 @@
-"""Several low-rank adapters on one frozen base (Hu et al. 2021): which one speaks is a switch, none is the base."""
+"""A frozen linear layer with low-rank additions (Hu et al. 2021), and what of it is kept for the backward pass."""
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dressage.config import LoraConfig
-from dressage.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from dressage.models.reading import Trunk
+Addends = tuple[Tensor, Tensor | None, Tensor, Tensor, float]
+"""Frozen weight [out, in] and bias, down [r, in], up [out, r] and scale."""
 
 
 class LoraLinear(nn.Module):
@@ -42,24 +36,33 @@ class LoraLinear(nn.Module):
         """The base's own weight: some models look at its type."""
         return self.base.weight  # type: ignore[return-value]
 
+    @property
+    def learning(self) -> str | None:
+        """The adapter that speaks here, if it is neither part of a weight nor dropping out just now."""
+        name = self.active
+        if name is None or name not in self.down or (self.merged is not None and self.merged[0] == name):
+            return None
+        return None if self.training and self.dropout[name] else name
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
         name = self.active
         if name is None or name not in self.down:
             plain: Tensor = self.base(x)
             return plain
-        bias: Tensor | None = self.base.bias  # type: ignore[assignment]
+        if self.learning is not None:
+            adapted: Tensor = _Adapted.apply(x, *self.addends(name))  # type: ignore[no-untyped-call]
+            return adapted
         if self.merged is not None and self.merged[0] == name:
-            whole: Tensor = F.linear(x, self.merged[1], bias)
+            whole: Tensor = F.linear(x, self.merged[1], self.base.bias)  # type: ignore[arg-type]
             return whole
-        if self.training and self.dropout[name]:
-            dropped = F.dropout(x, self.dropout[name])
-            low = F.linear(dropped, self.down[name].to(x.dtype))
-            y: Tensor = self.base(x)
-            return y + F.linear(low, (self.up[name] * self.scale[name]).to(x.dtype))
-        frozen = self.frozen_weight(), bias
-        adapted: Tensor = _Adapted.apply(x, *frozen, self.down[name], self.up[name], self.scale[name])  # type: ignore[no-untyped-call]
-        return adapted
+        low = F.linear(F.dropout(x, self.dropout[name]), self.down[name].to(x.dtype))
+        y: Tensor = self.base(x)
+        return y + F.linear(low, (self.up[name] * self.scale[name]).to(x.dtype))
+
+    def addends(self, name: str) -> Addends:
+        """Of y = x W' + b + scale x down' up'."""
+        return self.frozen_weight(), self.base.bias, self.down[name], self.up[name], self.scale[name]  # type: ignore[return-value]
 
     def delta(self, name: str) -> Tensor:
         """What an adapter adds to the weight [out, in], in float32."""
@@ -72,10 +75,7 @@ class LoraLinear(nn.Module):
 
 
 class _Adapted(torch.autograd.Function):
-    """x W' + b + scale x down' up', added up in place: only x is kept, and no sum of this size is made twice.
-
-    What goes back is written in products that can be derived once more (TRPO does).
-    """
+    """x W' + b + scale x down' up', added up in place: only x is kept, and no sum of this size is made twice."""
 
     @staticmethod
     def forward(
@@ -83,230 +83,101 @@ class _Adapted(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, down, up)
         ctx.scale = scale
-        y = F.linear(x, weight, bias)
-        low = F.linear(x, down.to(x.dtype))
-        y.view(-1, y.shape[-1]).addmm_(low.view(-1, low.shape[-1]), up.to(x.dtype).T, alpha=scale)
-        return y
+        return adapted(x, (weight, bias, down, up, scale))
 
     @staticmethod
     def backward(ctx: Any, of_y: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, down, up = ctx.saved_tensors
-        narrow = down.to(x.dtype)
-        rows, of_rows = x.flatten(0, -2), of_y.flatten(0, -2)
-        of_low = ctx.scale * (of_rows @ up.to(x.dtype))
-        of_x = (of_rows @ weight).addmm(of_low, narrow).view_as(x) if ctx.needs_input_grad[0] else None
-        of_up = of_rows.T @ (ctx.scale * (rows @ narrow.T))
-        return of_x, None, None, (of_low.T @ rows).to(down.dtype), of_up.to(up.dtype), None
+        of_x = adapted_input(of_y, weight, down, up, ctx.scale) if ctx.needs_input_grad[0] else None
+        return of_x, None, None, *adapted_weights(x, of_y, down, up, ctx.scale), None
 
 
-class Backbone:
-    """One frozen language model and the adapters that share it."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self.decoder = model.base_model
-        self.layers: nn.ModuleList = _layers(self.decoder, model.config.get_text_config().num_hidden_layers)
-        self.linears: dict[str, LoraLinear] = {}
-        self.configs: dict[str, tuple[LoraConfig, list[str]]] = {}
-        self.first_layer: dict[str, int] = {}
-        self.trunk: Trunk | None = None
-        """What its lowest layers made of texts, while that is worth remembering."""
-        self.reads_trees: bool | None = None
-        """Whether it can be given a batch as a tree; None: nobody has asked."""
-
-    @property
-    def depth(self) -> int:
-        """Layers of the model."""
-        return len(self.layers)
-
-    @property
-    def first_position(self) -> int:
-        """The number of a text's first token: roberta's table of positions begins with one for padding."""
-        table = getattr(getattr(self.decoder, "embeddings", None), "position_embeddings", None)
-        padding = getattr(table, "padding_idx", None)
-        return 0 if padding is None else int(padding) + 1
-
-    @property
-    def width(self) -> int:
-        """Size of a hidden state."""
-        return int(self.model.config.get_text_config().hidden_size)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights lie."""
-        return torch.device(next(self.model.parameters()).device)
-
-    def add_adapter(self, name: str, config: LoraConfig, *, depth: int | None = None, seed: int = 0) -> None:
-        """A new adapter on the linear layers of the first `depth` decoder layers; it changes nothing yet (up is 0)."""
-        self.freeze_base()
-        generator = torch.Generator().manual_seed(seed)
-        reached = self.depth if depth is None else depth
-        first = 0 if config.layers is None else max(0, reached - config.layers)
-        targets = [path for path, index in self._targets() if first <= index < reached]
-        for path in targets:
-            linear = self._wrapped(path)
-            out_features, in_features = _shape(linear.base, linear.transposed)
-            down = torch.empty(config.rank, in_features).uniform_(-1, 1, generator=generator) / math.sqrt(in_features)
-            linear.down[name] = nn.Parameter(down.to(self.device))
-            linear.up[name] = nn.Parameter(torch.zeros(out_features, config.rank, device=self.device))
-            linear.scale[name] = config.alpha / config.rank
-            linear.dropout[name] = config.dropout
-        self.configs[name] = (config, targets)
-        self.first_layer[name] = first
-
-    def freeze_base(self) -> None:
-        """Adapters keep learning, everything else does not."""
-        adapters = {id(p) for linear in self.linears.values() for p in linear.parameters()}
-        for linear in self.linears.values():
-            adapters -= {id(p) for p in linear.base.parameters()}
-        for parameter in self.model.parameters():
-            if id(parameter) not in adapters:
-                parameter.requires_grad_(False)
-
-    def drop_adapter(self, name: str) -> None:
-        """Forget an adapter."""
-        for path in self.configs.pop(name)[1]:
-            linear = self.linears[path]
-            del linear.down[name], linear.up[name], linear.scale[name], linear.dropout[name]
-
-    def adapter_state(self, name: str) -> dict[str, nn.Parameter]:
-        """Its parameters under the names of the peft file format."""
-        state: dict[str, nn.Parameter] = {}
-        for path in self.configs[name][1]:
-            state[f"base_model.model.{path}.lora_A.weight"] = self.linears[path].down[name]
-            state[f"base_model.model.{path}.lora_B.weight"] = self.linears[path].up[name]
-        return state
-
-    def load_adapter_state(self, name: str, state: Mapping[str, Tensor], where: str) -> None:
-        """Overwrite an adapter's parameters; CheckpointError if the names or shapes are not exactly its own."""
-        own = self.adapter_state(name)
-        if own.keys() != state.keys():
-            odd = sorted(own.keys() ^ state.keys())[0]
-            raise CheckpointError(f"{where}: adapter does not fit the model: {odd} is on one side only")
-        with torch.no_grad():
-            for key, parameter in own.items():
-                if parameter.shape != state[key].shape:
-                    raise CheckpointError(f"{where}: {key} is {tuple(state[key].shape)}, not {tuple(parameter.shape)}")
-                parameter.copy_(state[key])
-
-    def merge(self, name: str) -> None:
-        """Add an adapter into the base's weights and forget it."""
-        with torch.no_grad():
-            for path in self.configs[name][1]:
-                linear = self.linears[path]
-                weight, delta = linear.weight, linear.delta(name)
-                weight.copy_((weight.float() + (delta.T if linear.transposed else delta)).to(weight.dtype))
-        self.drop_adapter(name)
-        self._unwrap()
-
-    @contextmanager
-    def using(self, name: str | None) -> Iterator[None]:
-        """Within, this adapter speaks; None: the base alone."""
-        before = {path: linear.active for path, linear in self.linears.items()}
-        for linear in self.linears.values():
-            linear.active = name
-        try:
-            yield
-        finally:
-            for path, linear in self.linears.items():
-                linear.active = before[path]
-
-    @contextmanager
-    def merged(self, name: str | None) -> Iterator[None]:
-        """Within, this adapter, when it speaks, is part of its layers' weights: quicker, for a copy of them in memory.
-
-        Equal to rounding in float32. A narrower type would round the adapter away: there, nothing is merged.
-        """
-        paths = [] if name is None else self.configs[name][1]
-        linears = [linear for path in paths if (linear := self.linears[path]).weight.dtype == torch.float32]
-        with torch.no_grad():
-            for linear in linears:
-                assert name is not None
-                linear.merged = (name, linear.frozen_weight() + linear.delta(name))
-        try:
-            yield
-        finally:
-            for linear in linears:
-                linear.merged = None
-
-    @contextmanager
-    def dropout(self) -> Iterator[None]:
-        """Within, adapters drop out as configured. The base never does: it stays in eval mode."""
-        for linear in self.linears.values():
-            linear.training = True
-        try:
-            yield
-        finally:
-            for linear in self.linears.values():
-                linear.training = False
-
-    def _targets(self) -> Iterator[tuple[str, int]]:
-        """Paths of the linear layers inside the decoder layers, with the layer's number."""
-        number = {id(layer): index for index, layer in enumerate(self.layers)}
-        for layer_path, layer in self.model.named_modules():
-            if id(layer) not in number:
-                continue
-            for path, module in layer.named_modules():
-                full = f"{layer_path}.{path}"
-                if full in self.linears or (_is_linear(module) and not path.endswith(".base")):
-                    yield full, number[id(layer)]
-
-    def _wrapped(self, path: str) -> LoraLinear:
-        if path not in self.linears:
-            parent, _, leaf = path.rpartition(".")
-            base = self.model.get_submodule(path)
-            self.linears[path] = LoraLinear(base, transposed=not isinstance(base, nn.Linear))
-            setattr(self.model.get_submodule(parent), leaf, self.linears[path])
-        return self.linears[path]
-
-    def _unwrap(self) -> None:
-        """Take away the wrappers that no adapter uses, so that a merged model is a plain one."""
-        for path, linear in list(self.linears.items()):
-            if not linear.down:
-                parent, _, leaf = path.rpartition(".")
-                setattr(self.model.get_submodule(parent), leaf, linear.base)
-                del self.linears[path]
+def adapted(x: Tensor, addends: Addends) -> Tensor:
+    """x W' + b + scale x down' up' [..., out] of x [..., in]."""
+    weight, bias, down, up, scale = addends
+    y = F.linear(x, weight, bias)
+    low = F.linear(x, down.to(x.dtype))
+    y.view(-1, y.shape[-1]).addmm_(low.view(-1, low.shape[-1]), up.to(x.dtype).T, alpha=scale)
+    return y
 
 
-def peft_config(backbone: Backbone, name: str, base: str) -> dict[str, Any]:
-    """adapter_config.json as the peft library reads it."""
-    config, targets = backbone.configs[name]
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if backbone.model.can_generate() else "FEATURE_EXTRACTION",
-        "base_model_name_or_path": base,
-        "r": config.rank,
-        "lora_alpha": config.alpha,
-        "lora_dropout": config.dropout,
-        "bias": "none",
-        "fan_in_fan_out": any(backbone.linears[path].transposed for path in targets),
-        "inference_mode": True,
-        # A pattern of the whole path: peft then wraps these layers and no others.
-        "target_modules": "|".join(re.escape(path) for path in targets)
-        if _partial(backbone, targets)
-        else _leaves(targets),
-    }
+# What goes back is written in products that can be derived once more (TRPO does).
 
 
-def _partial(backbone: Backbone, targets: list[str]) -> bool:
-    return len(targets) < sum(1 for _ in backbone._targets())
+def adapted_input(of_y: Tensor, weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+    """The gradient [..., in] of `adapted` with respect to x."""
+    of_rows = of_y.flatten(0, -2)
+    of_low = scale * (of_rows @ up.to(of_y.dtype))
+    return (of_rows @ weight).addmm(of_low, down.to(of_y.dtype)).view(*of_y.shape[:-1], weight.shape[1])
 
 
-def _leaves(targets: list[str]) -> list[str]:
-    return sorted({path.rpartition(".")[2] for path in targets})
+def adapted_weights(x: Tensor, of_y: Tensor, down: Tensor, up: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The gradients of `adapted` with respect to down and up."""
+    rows, of_rows = x.flatten(0, -2), of_y.flatten(0, -2)
+    of_low = scale * (of_rows @ up.to(x.dtype))
+    of_up = of_rows.T @ (scale * (rows @ down.to(x.dtype).T))
+    return (of_low.T @ rows).to(down.dtype), of_up.to(up.dtype)
 
 
-def _layers(decoder: nn.Module, count: int) -> nn.ModuleList:
-    for module in decoder.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
-    raise ValueError(f"{type(decoder).__name__} has no list of {count} layers")
+# --- gated layers -----------------------------------------------------------------------------------------------------
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+def is_gated(layer: nn.Module, of: type[nn.Module] = nn.Linear) -> bool:
+    """Has it the parts of one, by the names that transformers gives them?"""
+    parts = all(isinstance(getattr(layer, name, None), of) for name in ("gate_proj", "up_proj", "down_proj"))
+    return parts and callable(getattr(layer, "act_fn", None))
 
 
-def _shape(base: nn.Module, transposed: bool) -> tuple[int, int]:
-    rows, columns = base.weight.shape  # type: ignore[misc]
-    return (int(columns), int(rows)) if transposed else (int(rows), int(columns))
+def keep_halves(layer: nn.Module) -> None:
+    """Let a gated layer, down(act(gate(x)) * up(x)), keep gate(x) and up(x) alone for the backward pass.
+
+    What lies between them and `down` is two more numbers for each of theirs, and is made again in a moment. A layer
+    that is none, or computes something else, stays as it is.
+    """
+    if "forward" in vars(layer) or not is_gated(layer, LoraLinear):
+        return
+    frugal = partial(_gated, layer)
+    weight = next(layer.parameters())
+    width = layer.gate_proj.frozen_weight().shape[1]  # type: ignore[operator, union-attr]
+    x = torch.linspace(-1, 1, 2 * width, dtype=weight.dtype, device=weight.device).view(2, width)
+    with torch.no_grad():
+        if torch.equal(frugal(x), layer(x)):
+            layer.forward = frugal
+
+
+def keep_all(layer: nn.Module) -> None:
+    """As the model's makers wrote it."""
+    vars(layer).pop("forward", None)
+
+
+def _gated(layer: Any, x: Tensor) -> Tensor:
+    gate, up, down = layer.gate_proj(x), layer.up_proj(x), layer.down_proj
+    if torch.is_grad_enabled() and (name := down.learning) is not None:
+        made: Tensor = _Gated.apply(layer.act_fn, gate, up, *down.addends(name))  # type: ignore[no-untyped-call]
+        return made
+    whole: Tensor = down(layer.act_fn(gate) * up)
+    return whole
+
+
+class _Gated(torch.autograd.Function):
+    """`adapted` of act(gate) * up, which is not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, act: Any, gate: Tensor, up: Tensor, *addends: Any) -> Tensor:
+        weight, _, low, high, scale = addends
+        ctx.save_for_backward(gate, up, weight, low, high)
+        ctx.act, ctx.scale = act, scale
+        return adapted(act(gate) * up, addends)
+
+    @staticmethod
+    def backward(ctx: Any, of_y: Tensor) -> tuple[Tensor | None, ...]:
+        *halves, weight, low, high = ctx.saved_tensors
+        again = torch.is_grad_enabled()  # it will be derived once more
+        if not again:
+            halves = [half.detach().requires_grad_() for half in halves]
+        with torch.enable_grad():
+            product = ctx.act(halves[0]) * halves[1]
+        of_low, of_high = adapted_weights(product if again else product.detach(), of_y, low, high, ctx.scale)
+        of_product = adapted_input(of_y, weight, low, high, ctx.scale)
+        of_halves = torch.autograd.grad(product, halves, of_product, create_graph=again)
+        return None, *of_halves, None, None, of_low, of_high, None

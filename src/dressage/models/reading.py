@@ -18,7 +18,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from dressage.batches import Ints, Mask
-from dressage.models.lora import Backbone
+from dressage.models.backbone import Backbone
 from dressage.tensors import position_ids
 
 ATTENTION = "dressage_tree"

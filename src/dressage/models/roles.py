@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dressage.models.lora import Backbone
+from dressage.models.backbone import Backbone
 from dressage.models.reading import read, read_padded, reads_trees, tree_of
 from dressage.settings import Pooling
 

@@ -39,6 +39,7 @@ from dressage.training.update import CHOSEN, REJECTED, Learner
 def sft(config: SftConfig, folder: Path, console: Console | None) -> None:
     """Demonstrations -> a policy that imitates them: folder/policy."""
     template = assemble.build_template(config.model)
+    assemble.check_memory(config)
     rows = assemble.build_rows("demonstrations", config.data, template, config.seed)
     note(folder, (*rows.notes, *glance(config, template, "demonstrations", rows)), console)
     backbone = load_backbone(assemble.learning_model(config))
@@ -72,6 +73,7 @@ def reward(config: RewardConfig, folder: Path, console: Console | None) -> None:
     """Rankings -> a model that scores answers as people rank them: folder/reward."""
     row = algorithm(f"reward_{config.loss}").with_settings(config.settings)
     template = assemble.build_template(config.model)
+    assemble.check_memory(config)
     rows = assemble.build_rows("rankings", config.data, template, config.seed)
     note(folder, (*rows.notes, *glance(config, template, "rankings", rows)), console)
     train_rows, heldout = list(rows.train), list(rows.heldout)
@@ -125,6 +127,7 @@ def dpo(config: DpoConfig, folder: Path, console: Console | None) -> None:
     """Answers that people judged -> a policy that prefers as they do: folder/policy."""
     row = assemble.build_preference_algorithm(config)
     template = assemble.build_template(config.model)
+    assemble.check_memory(config)
     one_by_one = RatingBatch in row.losses
     kind: assemble.Records = "ratings" if one_by_one else "rankings"
     rows = assemble.build_rows(kind, config.data, template, config.seed)
@@ -181,6 +184,7 @@ def ppo(config: PpoConfig, folder: Path, console: Console | None) -> None:
     """Prompts and rewards -> a policy that earns more: folder/policy."""
     row = online_algorithm(config)
     template = assemble.build_template(config.model)
+    assemble.check_memory(config)
     rows = assemble.build_rows("prompts", config.prompts, template, config.seed)
     ptx = None
     if config.ptx is not None:

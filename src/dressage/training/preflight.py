@@ -1,17 +1,4 @@
-"""What a run will take, told before it begins: the data are read, no weights are. Every formula stands here.
-
-Memory at its peak, in bytes, for a stage that learns:
-
-    process        what Python and the libraries take by themselves
-  + weights        size of the compute type each; under adapters they are frozen and have no gradient
-  + learning       16 each: a float32 weight, its gradient and AdamW's two moments
-  + activations    what the backward pass keeps of the largest micro-batch: for every padded token and every layer that
-                   learns or lies above one that does, KEPT numbers for each input and output of a linear layer;
-                   a critic with weights of its own learns after the policy, so only the larger of the two counts
-  + logits         LOGITS numbers for each entry of the vocabulary, for CHUNK tokens at a time
-
-While sampling, keys and values of every answer decoded at once take the place of activations, and in float32 a copy of
-the weights that the policy's adapter is merged into; not so under training.memory_gb.
+"""What a run will take, told before it begins: the data are read, no weights are.
 
 Time is floating-point operations, divided by the speed of a matrix product measured on the spot, times OVERHEAD. With N
 weights in the layers passed, a token costs 2 N forward; backward 2 N in the layers that hold adapters, 4 N with full
@@ -20,10 +7,7 @@ weights. Logits are taken of answers alone. Attention between tokens is left out
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, NamedTuple
@@ -47,12 +31,11 @@ from dressage.config import (
 )
 from dressage.data.order import batch_indices, length_sorted_chunks, steps_per_epoch
 from dressage.data.sources import read_rankings
-from dressage.errors import ConfigError, DataError
+from dressage.errors import DataError
 from dressage.models.files import role_meta, saved_model
-from dressage.models.lora import Backbone
-from dressage.models.pretrained import compute_dtype, model_class, model_shape
 from dressage.monitor.writers import clock
 from dressage.settings import ModelConfig, Settings
+from dressage.training.cost import Reader, Shape, frozen_weights, memory_of, product_speed, shape_of, within
 from dressage.training.online import learnt_answers, online_algorithm, online_settings, ranked_answers
 
 Records = Literal["demonstrations", "rankings", "ratings", "prompts"]
@@ -62,100 +45,10 @@ Check = Callable[[PpoConfig, Sequence[Any]], None]
 """Tries the reward's parts on the prompts; an error if the run would earn nothing from one."""
 Said = dict[str, str]
 
-PROCESS_BYTES = 0.48e9
-KEPT = 1.15
-LOGITS, CHUNK = 3, 128
-LEAST = 64
-"""Tokens of the smallest micro-batch that a budget of memory is cut into, and of its steps."""
 OVERHEAD = 1.5
 """Norms, attention, copies and Python beside the products; measured on SmolLM2-135M on two cores."""
 LAID_OUT = 200
 """Steps of which the batches are laid out one by one; a longer run is taken to go on like them."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A model's sizes, from its configuration alone."""
-
-    weights: int
-    layer_weights: int
-    """In the matrices of one decoder layer: what a token is multiplied with."""
-    layer_ends: int
-    """Inputs and outputs of a layer's matrices, added up: also its adapter's weights for each rank."""
-    depth: int
-    width: int
-    vocabulary: int
-    cached: int
-    """Keys and values of a token in one layer."""
-    bytes_each: int
-
-    @property
-    def head(self) -> float:
-        """Operations for one token's logits."""
-        return 2.0 * self.width * self.vocabulary
-
-
-@dataclass(frozen=True)
-class Reader:
-    """A role, as far as cost goes: how many layers it reads, and which of them learn."""
-
-    shape: Shape
-    lora: LoraConfig | None = None
-    depth: int | None = None
-
-    @property
-    def read(self) -> int:
-        """Layers that a token passes."""
-        return min(self.depth or self.shape.depth, self.shape.depth)
-
-    @property
-    def learnt(self) -> int:
-        """Layers that learn, the uppermost of those read."""
-        return self.read if self.lora is None or self.lora.layers is None else min(self.lora.layers, self.read)
-
-    @property
-    def learning(self) -> int:
-        """Weights that learn."""
-        return self.shape.weights if self.lora is None else self.learnt * self.shape.layer_ends * self.lora.rank
-
-    @property
-    def forward(self) -> float:
-        """Operations a token."""
-        return 2.0 * self.read * self.shape.layer_weights
-
-    @property
-    def training(self) -> float:
-        """Operations a token, forward and backward."""
-        return self.forward + (4.0 if self.lora is None else 2.0) * self.learnt * self.shape.layer_weights
-
-    @property
-    def kept_bytes(self) -> float:
-        """Of a padded token, for the backward pass."""
-        return KEPT * self.learnt * self.shape.layer_ends * self.shape.bytes_each
-
-
-def memory_of(shape: Shape, frozen: int, learning: int, working: float) -> float:
-    """Bytes at the peak, `working` of them for activations, or for keys and values while sampling."""
-    logits = LOGITS * CHUNK * shape.vocabulary * 4
-    return PROCESS_BYTES + frozen * shape.bytes_each + 16 * learning + working + logits
-
-
-def within(training: TrainingConfig, shape: Shape, frozen: int, learners: Sequence[Reader]) -> TrainingConfig:
-    """With as many tokens a micro-batch as training.memory_gb has room for, if it is set.
-
-    ConfigError where not even LEAST fit. `frozen`: weights in memory that do not learn.
-    """
-    if training.memory_gb is None:
-        return training
-    fixed = memory_of(shape, frozen, sum(one.learning for one in learners), 0.0)
-    each = max(one.kept_bytes for one in learners)
-    tokens = int((training.memory_gb * 1e9 - fixed) / each) // LEAST * LEAST
-    if tokens < LEAST:
-        raise ConfigError(
-            f"training.memory_gb={training.memory_gb}: weights and what learns alone take {fixed / 1e9:.1f} GB; set"
-            f" it to {(fixed + LEAST * each) / 1e9 + 0.05:.1f} or more, or lora.layers, lora.rank to less"
-        )
-    return training.model_copy(update={"micro_batch_tokens": tokens})
 
 
 class Row(NamedTuple):
@@ -218,7 +111,7 @@ class Foresight:
         train, heldout, known = self._rows(kind, config.data, config.model, config.seed)
         shape = shape_of(model)
         reader = Reader(shape, config.lora, getattr(config, "depth", None))
-        training = within(config.training, shape, _frozen(shape, 1, (), [reader]), [reader])
+        training = within(config.training, shape, frozen_weights(shape, 1, (), [reader]), [reader])
         steps = training.steps or training.epochs * steps_per_epoch(len(train), training.batch_size)
         laid = [
             [train[i] for i in batch_indices(len(train), training.batch_size, step, config.seed)]
@@ -288,7 +181,7 @@ class Foresight:
         units = [Row(one.lengths * k, one.answers * k) for one in taught[::k]]
         # With whole weights the reference is a model of its own; so are the first weights, to begin from again.
         copies = 1 if config.lora is not None else 2 + row.afresh
-        training = within(training, shape, _frozen(shape, copies, others, learners), learners)
+        training = within(training, shape, frozen_weights(shape, copies, others, learners), learners)
         cut = [list(_cut(units[start : start + size // k], training)) for start in range(0, len(units), size // k)]
         # Sampling; then the reference's and, unless the engine's are taken, the policy's log-probs; then the reward.
         trunk_critic = "value" in row.roles and not own_critic
@@ -389,7 +282,7 @@ class Foresight:
         models in memory beside the `copies` of this one.
         """
         learning = sum(learner.learning for learner in learners)
-        frozen = _frozen(shape, copies, others, learners)
+        frozen = frozen_weights(shape, copies, others, learners)
         activations = micro_batch * max((learner.kept_bytes for learner in learners), default=0.0)
         sampling = (cached * shape.depth * shape.cached + merged) * shape.bytes_each
         memory = memory_of(shape, frozen, learning, max(activations, sampling))
@@ -495,44 +388,6 @@ class Foresight:
             raise DataError(f"{path}: cannot be read ({error.strerror}); make it with `dressage sample`") from error
 
 
-@cache
-def shape_of(model: ModelConfig) -> Shape:
-    """The sizes of a model, built of nothing but its configuration; no memory is taken for weights."""
-    config = model_shape(model)
-    kind, options = model_class(config)
-    with torch.device("meta"):
-        built = kind.from_config(config, trust_remote_code=model.trust_remote_code, **options)
-    backbone, text = Backbone(built), config.get_text_config()
-    matrices = [weight.shape for weight in backbone.layers[0].parameters() if weight.dim() == 2]
-    per_head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return Shape(
-        weights=sum(weight.numel() for weight in built.parameters()),
-        layer_weights=sum(rows * columns for rows, columns in matrices),
-        layer_ends=sum(rows + columns for rows, columns in matrices),
-        depth=backbone.depth,
-        width=backbone.width,
-        vocabulary=text.vocab_size,
-        cached=2 * per_head * (getattr(text, "num_key_value_heads", None) or text.num_attention_heads),
-        bytes_each=compute_dtype(model.dtype).itemsize,
-    )
-
-
-@cache
-def product_speed(dtype: torch.dtype, seconds: float = 0.2) -> float:
-    """Floating-point operations a second in matrix products of a small model's size, on this machine."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    left, right = torch.ones(256, 576, dtype=dtype, device=device), torch.ones(576, 1536, dtype=dtype, device=device)
-    ends = time.perf_counter() + seconds
-    fastest = seconds
-    while (began := time.perf_counter()) < ends:
-        left @ right
-        if device == "cuda":
-            torch.cuda.synchronize()
-        # The fastest: the first sets up threads and kernels, others are disturbed.
-        fastest = min(fastest, time.perf_counter() - began)
-    return 2.0 * 256 * 576 * 1536 / fastest
-
-
 def _one_base(one: ModelConfig, other: ModelConfig) -> bool:
     """Are these the same weights, as far as names tell? They may not be there yet."""
     return one.dtype == other.dtype and Path(one.name).resolve() == Path(other.name).resolve()
@@ -551,12 +406,6 @@ def _row(encoded: Any) -> Row:
 def _best_and_worst(rows: Sequence[Row]) -> list[Row]:
     """Two ratings of each ranking, as its reader makes them."""
     return [Row((length,), row.answers // len(row.lengths)) for row in rows for length in row.lengths[:2]]
-
-
-def _frozen(shape: Shape, copies: int, others: Sequence[Shape], learners: Sequence[Reader]) -> int:
-    """Weights in memory that do not learn: those that do are among the 16 bytes each."""
-    loaded = copies * shape.weights + sum(other.weights for other in others)
-    return loaded - sum(learner.learning for learner in learners if learner.lora is None)
 
 
 def _cut(rows: Sequence[Row], training: TrainingConfig) -> Iterator[int]:
