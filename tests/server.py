@@ -38,8 +38,9 @@ class Reply:
 class Served:
     port: int
     token: str
-    store: Any
-    desk: Any
+    store: Any = None
+    desk: Any = None
+    server: Any = None
 
     @property
     def host(self) -> str:
@@ -86,19 +87,21 @@ def serving(
 
     speaker = build_speaker(str(model))
     store = None if place is None else open_store(str(place), make=True)
-    state = desk.pop("arriving", "kept")
+    state, buffer = desk.pop("arriving", "kept"), desk.pop("buffer", None)
     fields = {"engine": speaker.engine, "sampling": Sampling(32)} | desk
     made = Desk(template=speaker.template, model={"name": "tiny", "sha256": "0" * 64}, **fields)
     server = guarded(Service(made, store, state), token=token, hosts=("127.0.0.1", "localhost", "::1"))
     if guard:
         server.config.app = replace(server.config.app, **guard)
     listening = socket.create_server(("127.0.0.1", 0))
+    if buffer is not None:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     try:
         while not server.started:
             time.sleep(0.01)
-        yield Served(listening.getsockname()[1], token, store, made)
+        yield Served(listening.getsockname()[1], token, store, made, server)
     finally:
         server.should_exit = True
         thread.join(10)

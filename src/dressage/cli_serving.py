@@ -82,13 +82,22 @@ def serve(
         if host in EVERYWHERE and not allow_host:
             raise ConfigError(f"--host {host}: say by --allow-host under which name or address browsers will call it")
         names = (*names, host)
-    token = os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(24)
-    if len(token) < SHORTEST_TOKEN or not re.fullmatch(r"[!-~]+", token):
-        raise ConfigError(f"{TOKEN_VARIABLE}: give {SHORTEST_TOKEN} letters and digits or more")
+    own = os.environ.get(TOKEN_VARIABLE)
+    token = own or secrets.token_urlsafe(24)
+    if not re.fullmatch(rf"[A-Za-z0-9_-]{{{SHORTEST_TOKEN},}}", token):
+        raise ConfigError(f"{TOKEN_VARIABLE}: give {SHORTEST_TOKEN} or more letters and digits, - and _ among them")
     _need("starlette", "uvicorn", "sqlalchemy")
-    console = Console(highlight=False)
-    with _listening(host, port) as listening:
-        with console.status("loading the model"):
+    from dressage.serving.guard import called
+
+    for name in allow_host or ():
+        try:
+            called(name)
+        except ValueError as error:
+            raise ConfigError(
+                f"--allow-host {name}: give a host's name or address alone, without port or ://"
+            ) from error
+    with contextlib.suppress(KeyboardInterrupt), _listening(host, port) as listening:
+        with Console(highlight=False).status("loading the model"):
             from dressage.assemble import build_speaker
             from dressage.feedback.store import open_store
             from dressage.models.pretrained import PACKAGED, packaged_folder
@@ -106,7 +115,7 @@ def serve(
         service = Service(desk, store, arriving="quarantined" if quarantine else "kept")
         at = f"[{host}]" if ":" in host else "127.0.0.1" if host in EVERYWHERE else host
         address = f"http://{at}:{listening.getsockname()[1]}"
-        shown = f"/#token={token}" if TOKEN_VARIABLE not in os.environ else f"/#token=... (yours, of {TOKEN_VARIABLE})"
+        shown = f"/#token={token}" if not own else f"/#token=... (yours, of {TOKEN_VARIABLE})"
         # Not through rich, which may break the line.
         typer.echo(f"chat page: {address}{shown}\nfor programs: {address}/v1, the token as the API key; Ctrl-C ends it")
         if store is not None:
@@ -114,16 +123,16 @@ def serve(
         if expose:
             told = "warning: what is said here, and the token, can be read on the way; put a proxy with TLS before it"
             typer.echo(told, err=True)
-        with contextlib.suppress(KeyboardInterrupt):
-            guarded(service, token=token, hosts=names).run(sockets=[listening])
-        if store is not None:
-            store.close()
+        guarded(service, token=token, hosts=names).run(sockets=[listening])
 
 
 @feedback.command("list")
 def list_feedback(place: Store = STORE, annotator: Annotator = None) -> None:
     """What there is, the oldest first."""
-    table = Table("id", "when (UTC)", "who", "what", "verdict", "state", "prompt", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("id", no_wrap=True, min_width=32)  # whole, as --id wants it
+    for name in ("when (UTC)", "who", "what", "verdict", "state", "prompt"):
+        table.add_column(name)
     counts: Counter[str] = Counter()
     with _opened(place) as store:
         for one in store.read(annotator=annotator):
@@ -145,14 +154,16 @@ def export_feedback(
     from dressage.monitor.writers import write_whole
 
     path = out or Path(f"{kind.value}.jsonl")
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"--out {path}: is there and is no file; give the name of one")
     with _opened(place) as store:
         from dressage.feedback.store import rows_of
 
         rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows_of(_said(kind), store.read(state="kept"))]
     if not rows:
-        raise DataError(f"{place}: no {kind.value} to export; `dressage feedback list` shows what there is")
+        raise DataError(f"{store.name}: no {kind.value} to export; `dressage feedback list` shows what there is")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, "".join(rows))
+    write_whole(path.resolve(), "".join(rows))  # what a link points to, not the link
     typer.echo(f"{len(rows)} {kind.value} -> {path}")
 
 
@@ -182,7 +193,10 @@ def delete_feedback(
     if not yes:
         raise ConfigError("what is deleted cannot be brought back; give --yes too")
     with _opened(place) as store:
-        typer.echo(f"{store.delete(**which)} deleted; export again, and train again what learnt from them")
+        deleted = store.delete(**which)
+        if not deleted:
+            raise DataError(f"{store.name}: nothing of the kind; `dressage feedback list` shows what there is")
+        typer.echo(f"{deleted} deleted; export again, and train again what learnt from them")
 
 
 def _said(kind: Kind) -> Said:

@@ -32,6 +32,7 @@ RANKED = Feedback(
     model={"name": "runs/ppo/policy", "sha256": "ab" * 32},
     sampling={"temperature": 0.7, "top_p": 1.0, "top_k": 0, "max_new_tokens": 64, "seed": 5},
     consent="Yes, for training.",
+    reply="chatcmpl-0",
 )
 RATED = replace(RANKED, id="1" * 32, kind="rating", answers=("Five",), finished=(False,), verdict=(0,), annotator="Bo")
 WRITTEN = replace(RANKED, id="2" * 32, kind="demonstration", answers=("It is four.",), finished=(True,), verdict=())
@@ -135,11 +136,43 @@ def test_a_record_that_somebody_changed_is_named(store: FeedbackStore, place: Pa
     assert store.delete(ids=[RATED.id]) == 1
 
 
+def test_looking_changes_nothing(tmp_path: Path, dressage: Command) -> None:
+    import sqlite3
+
+    other = tmp_path / "other.db"
+    with sqlite3.connect(other) as connection:
+        connection.execute("create table mine (a)")
+    connection.close()
+    before = other.read_bytes()
+    for place in (other, f"sqlite:///{other}", tmp_path / "new.db", f"sqlite:///{tmp_path}/new.db"):
+        ran = dressage("feedback", "list", place)
+        assert ran.exit_code == 2 and "no feedback here" in ran.stderr
+    assert other.read_bytes() == before and [path.name for path in tmp_path.iterdir()] == ["other.db"]
+
+
+def test_it_is_not_for_all_users_of_the_machine(store: FeedbackStore, place: Path) -> None:
+    assert place.stat().st_mode & 0o077 == 0
+
+
+def test_an_export_follows_a_link_and_spares_what_is_no_file(
+    store: FeedbackStore, place: Path, tmp_path: Path, dressage: Command
+) -> None:
+    (tmp_path / "real.jsonl").write_text("old")
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "real.jsonl")
+    assert dressage("feedback", "export", "rankings", place, "--out", tmp_path / "link.jsonl").exit_code == 0
+    assert (tmp_path / "link.jsonl").is_symlink() and "Four." in (tmp_path / "real.jsonl").read_text(encoding="utf-8")
+    ran = dressage("feedback", "export", "rankings", place, "--out", tmp_path)
+    assert ran.exit_code == 2 and f"--out {tmp_path}: is there and is no file" in ran.stderr
+
+
 def test_a_password_is_not_told() -> None:
     pytest.importorskip("psycopg")
     with pytest.raises(DataError) as failed:
         open_store("postgresql+psycopg://me:hunter2@127.0.0.1:1/feedback")
     assert "hunter2" not in str(failed.value) and "\n" not in str(failed.value)
+    with pytest.raises(DataError) as failed:
+        open_store("postgresql+psycopg://127.0.0.1:1/feedback?user=me&password=hunter2")
+    assert "hunter2" not in str(failed.value)
 
 
 def test_two_processes_at_once_lose_nothing(place: Path) -> None:
@@ -150,7 +183,7 @@ def test_two_processes_at_once_lose_nothing(place: Path) -> None:
 
     def write(number: int) -> None:
         for count in range(20):
-            stores[number].add(replace(RANKED, id=f"{number}-{count}"))
+            stores[number].add(replace(RANKED, id=f"{number}-{count}", number=100 * number + count))
 
     threads = [threading.Thread(target=write, args=(number,)) for number in range(2)]
     for thread in threads:
@@ -199,7 +232,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def test_the_same_in_postgresql(postgres: str, tmp_path: Path, dressage: Command) -> None:
-    store = open_store(postgres)
+    store = open_store(postgres, make=True)
     for one in ALL:
         store.add(one)
     assert {one.id: one for one in store.read()} == {one.id: one for one in ALL}

@@ -137,14 +137,40 @@ def test_a_vote_is_kept_with_all_that_the_server_knows(empty: Served) -> None:
 def test_a_thumb_and_a_better_answer(empty: Served) -> None:
     told = ask(empty, n=2).json()
     second = told["choices"][1]["message"]["content"]
-    for said in ({"good": False, "index": 1}, {"good": True, "index": 1}, {"better": "Hi!", "index": 1}):
+    for said in ({"good": False, "index": 1}, {"good": True, "index": 0}, {"better": "Hi!", "index": 1}):
         assert empty.ask("POST", VOTE, {"id": told["id"], "consent": "en"} | said).status == 201
+    first = told["choices"][0]["message"]["content"]
     found = {(one.kind, one.answers, one.verdict, one.annotator) for one in empty.store.read()}
     assert found == {
         ("rating", (second,), (0,), "anonymous"),
-        ("rating", (second,), (1,), "anonymous"),
+        ("rating", (first,), (1,), "anonymous"),
         ("demonstration", ("Hi!",), (), "anonymous"),
     }
+
+
+def test_nobody_says_two_things_of_one_answer(empty: Served) -> None:
+    """Contradictory pairs would teach noise: who has changed their mind takes the first back."""
+    vote = {"id": ask(empty, n=2).json()["id"], "consent": "en", "annotator": "Anna"}
+    first = empty.ask("POST", VOTE, vote | {"ranks": [0, 1]})
+    assert empty.ask("POST", VOTE, vote | {"ranks": [1, 0]}).status == 409
+    assert empty.ask("POST", VOTE, vote | {"ranks": [1, 0], "annotator": "Bo"}).status == 201
+    assert empty.ask("DELETE", f"{VOTE}/{first.json()['id']}").status == 204
+    assert empty.ask("POST", VOTE, vote | {"ranks": [1, 0]}).status == 201
+    assert {(one.annotator, one.verdict) for one in empty.store.read()} == {("Anna", (1, 0)), ("Bo", (1, 0))}
+
+
+def test_a_store_that_cannot_is_told_without_its_place(tiny_model: Path, tmp_path: Path, capfd: Any) -> None:
+    place = tmp_path / "f.db"
+    with serving(tiny_model, place) as served:
+        vote = {"id": ask(served, n=2).json()["id"], "consent": "en", "ranks": [0, 1]}
+        aside = place.rename(tmp_path / "aside.db")
+        place.mkdir()
+        refused = served.ask("POST", VOTE, vote)
+        assert refused.status == 503 and "f.db" not in refused.text and "try again" in refused.text
+        assert "f.db" in capfd.readouterr().err
+        place.rmdir()
+        aside.rename(place)  # and it is whole again
+        assert served.ask("POST", VOTE, vote).status == 201
 
 
 def test_what_was_said_can_be_taken_back_by_who_said_it(empty: Served) -> None:
@@ -173,6 +199,7 @@ class Slow:
     """Says "a" for ever, a letter every few milliseconds; in place of an engine."""
 
     letter: int
+    seconds: float = 0.01
     began: int = 0
     ended: int = 0
     says: list[Sampling] = field(default_factory=list)
@@ -181,7 +208,7 @@ class Slow:
         self.began += 1
         try:
             while True:
-                time.sleep(0.01)
+                time.sleep(self.seconds)
                 yield 0, self.letter
         finally:
             self.ended += 1
@@ -206,18 +233,60 @@ def test_an_answer_that_takes_too_long_is_cut(tiny_model: Path, slow: Slow) -> N
         eventually(lambda: slow.ended == 1)
 
 
-@pytest.mark.parametrize("stream", [True, False])
-def test_who_goes_away_frees_the_model(tiny_model: Path, slow: Slow, stream: bool) -> None:
+def asking(served: Served, **question: Any) -> socket.socket:
+    """A question whose answer nobody reads."""
+    connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=10)
+    headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
+    connection.request("POST", ASK, json.dumps({"messages": HELLO} | question).encode(), headers)
+    assert connection.sock is not None
+    return connection.sock
+
+
+def leave(connection: socket.socket) -> None:
+    connection.shutdown(socket.SHUT_RDWR)
+    connection.close()
+
+
+@pytest.mark.parametrize(("stream", "silent"), [(True, False), (False, False), (True, True)])
+def test_who_goes_away_frees_the_model(tiny_model: Path, slow: Slow, stream: bool, silent: bool) -> None:
     with serving(tiny_model, None, engine=slow, seconds=60) as served:
-        connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=10)
-        body = json.dumps({"messages": HELLO, "stream": stream}).encode()
-        headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
-        connection.request("POST", ASK, body, headers)
+        if silent:  # tokens without any text
+            slow.letter = served.desk.template.tokenizer.convert_tokens_to_ids("<|im_start|>")
+        connection = asking(served, stream=stream)
         eventually(lambda: slow.began == 1)
-        assert connection.sock is not None
-        connection.sock.shutdown(socket.SHUT_RDWR)
-        connection.close()
+        leave(connection)
         eventually(lambda: slow.ended == 1)
+
+
+def test_who_goes_away_leaves_the_queue(tiny_model: Path, slow: Slow) -> None:
+    with serving(tiny_model, None, engine=slow, seconds=60) as served:
+        first = asking(served)
+        eventually(lambda: slow.began == 1)
+        waiting = [asking(served) for _ in range(8)]
+        eventually(lambda: served.desk._waiting == 8)
+        for connection in waiting:
+            leave(connection)
+        eventually(lambda: served.desk._waiting == 0)
+        leave(first)
+        eventually(lambda: slow.ended == 1)
+        time.sleep(0.1)
+        assert slow.began == 1  # nobody's turn came after they had left
+
+
+def test_who_does_not_read_is_put_out(tiny_model: Path, slow: Slow, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dressage.serving.guard.SECONDS", 0.3)
+    slow.seconds = 0
+    with serving(tiny_model, None, engine=slow, seconds=60, guard={"seconds": 0.3}, buffer=4096) as served:
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", served.port))
+        body = json.dumps({"messages": HELLO, "stream": True})
+        head = f"POST {ASK} HTTP/1.1\r\nHost: {served.host}\r\nAuthorization: Bearer {TOKEN}\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}"
+        connection.sendall(head.encode())
+        eventually(lambda: slow.ended == 1)
+        eventually(lambda: not served.server.server_state.connections)
+        connection.close()
 
 
 def test_too_many_are_told_to_come_again(tiny_model: Path, slow: Slow) -> None:
@@ -308,7 +377,7 @@ def test_the_verb_serves_until_it_is_told_to_stop(tiny_model: Path, tmp_path: Pa
         shown = [run.stdout.readline() for _ in range(3)]
         port, token = re.search(r"http://127\.0\.0\.1:(\d+)/#token=(\S+)", shown[0]).groups()  # type: ignore[union-attr]
         assert len(token) >= 32 and "Ctrl-C" in shown[1] and "votes/f.db" in shown[2]
-        served = Served(int(port), token, None, None)
+        served = Served(int(port), token)
         told = ask(served, n=2).json()
         assert told["model"] == str(tiny_model)
         assert served.ask("POST", VOTE, {"id": told["id"], "consent": "en", "ranks": [0, 1]}).status == 201
@@ -331,13 +400,15 @@ def test_a_token_of_ones_own_is_not_printed(tiny_model: Path, tmp_path: Path) ->
         shown = run.stdout.readline()
         port = re.search(r"http://127\.0\.0\.1:(\d+)/", shown)[1]  # type: ignore[index]
         assert TOKEN not in shown
-        assert Served(int(port), TOKEN, None, None).ask("GET", "/v1/models").status == 200
+        assert Served(int(port), TOKEN).ask("GET", "/v1/models").status == 200
     finally:
         run.terminate()
         run.wait(20)
 
 
-@pytest.mark.parametrize("token", ["short", "with spaces in it, and long", "十分长的令牌" * 4])
+@pytest.mark.parametrize(
+    "token", ["short", "with spaces in it, and long", "十分长的令牌" * 4, "plus+and&amper%sand=too"]
+)
 def test_a_token_has_to_be_one(token: str, dressage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DRESSAGE_TOKEN", token)
     ran = dressage("serve", "packaged", "--port", "0")

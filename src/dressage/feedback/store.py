@@ -42,6 +42,10 @@ class Feedback:
     """How the answers were drawn."""
     consent: str
     """The words to which the person said yes."""
+    reply: str
+    """What the server called these answers."""
+    number: int = 0
+    """Which of them a rating or a demonstration speaks of."""
     state: State = "kept"
     id: str = field(default_factory=lambda: secrets.token_hex(16))
     """32 hexadecimal digits that nobody can guess: who has them may withdraw what was said."""
@@ -60,27 +64,40 @@ _TABLE = sql.Table(
     sql.Column("consent", sql.Text, nullable=False),
     *(sql.Column(name, sql.JSON, nullable=False) for name in ("prompt", "answers", "finished", "verdict")),
     *(sql.Column(name, sql.JSON, nullable=False) for name in ("model", "sampling")),
+    sql.Column("reply", sql.String(64), nullable=False),
+    sql.Column("number", sql.Integer, nullable=False),
+    # Nobody says two things of one answer: who has changed their mind takes back the first.
+    sql.UniqueConstraint("reply", "number", "kind", "annotator"),
 )
 
 
 class FeedbackStore:
     """One table. Each change is a transaction of its own: it is on the disk, or it did not happen."""
 
-    def __init__(self, url: sql.URL, name: str) -> None:
+    def __init__(self, url: sql.URL, name: str, make: bool) -> None:
         self.name = name
         """As errors call it: without a password."""
         with self._telling():
-            self._engine = sql.create_engine(url, hide_parameters=True)
+            # A connection for each use: a file that was moved or came back is the one that is meant.
+            self._engine = sql.create_engine(url, hide_parameters=True, poolclass=sql.NullPool)
             if url.get_backend_name() == "sqlite":
                 event.listen(self._engine, "connect", _overwrite_what_is_deleted)
-            _TABLE.create(self._engine, checkfirst=True)
+            if make:
+                _TABLE.create(self._engine, checkfirst=True)
+            elif not sql.inspect(self._engine).has_table(_TABLE.name):
+                raise DataError(f"{name}: no feedback here; `dressage serve MODEL --feedback {name}` collects some")
 
-    def add(self, feedback: Feedback) -> None:
-        """Keep it. DataError if the database cannot."""
+    def add(self, feedback: Feedback) -> bool:
+        """Keep it; False if the same person has said something of this answer. DataError if the database cannot."""
         row = {column.name: getattr(feedback, column.name) for column in _TABLE.columns}
         row["prompt"] = [{"role": message.role, "content": message.content} for message in feedback.prompt]
-        with self._telling(), self._engine.begin() as connection:
-            connection.execute(_TABLE.insert().values(row))
+        with self._telling():
+            try:
+                with self._engine.begin() as connection:
+                    connection.execute(_TABLE.insert().values(row))
+            except exc.IntegrityError:
+                return False
+        return True
 
     def read(self, *, state: State | None = None, annotator: str | None = None) -> Iterator[Feedback]:
         """All that was said, the oldest first."""
@@ -113,7 +130,7 @@ class FeedbackStore:
         """Within, what a database complains of becomes a line."""
         try:
             yield
-        except (exc.SQLAlchemyError, ImportError) as error:
+        except (exc.SQLAlchemyError, ImportError, UnicodeError) as error:
             cause = getattr(error, "orig", None) or error
             raise DataError(f"{self.name}: {' '.join(str(cause).split())[:200]}") from error
 
@@ -125,15 +142,19 @@ def open_store(place: str, *, make: bool = False) -> FeedbackStore:
     """
     if "://" not in place:
         path = Path(place)
-        if not make and not path.is_file():
+        if make:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch(mode=0o600)  # what people said is not for all users of the machine
+        elif not path.exists():
             raise DataError(f"{place}: no feedback here; `dressage serve MODEL --feedback {place}` collects some")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return FeedbackStore(sql.URL.create("sqlite", database=str(path)), place)
+        return FeedbackStore(sql.URL.create("sqlite", database=str(path)), place, make)
     try:
         url = sql.make_url(place)
-    except exc.ArgumentError as error:
+    except (exc.ArgumentError, ValueError) as error:
         raise DataError(f"the feedback's place is no URL of a database; write it {URL}") from error
-    return FeedbackStore(url, url.render_as_string(hide_password=True))
+    if url.get_backend_name() == "sqlite":
+        return open_store(url.database or "", make=make)
+    return FeedbackStore(url, url.set(query={}).render_as_string(hide_password=True), make)
 
 
 def rows_of(kind: Said, records: Iterable[Feedback]) -> Iterator[dict[str, Any]]:
@@ -154,7 +175,7 @@ def rows_of(kind: Said, records: Iterable[Feedback]) -> Iterator[dict[str, Any]]
             told |= {"finished": one.finished[0]}
         else:
             told = {"messages": [*prompt, {"role": "assistant", "content": one.answers[0]}]}
-        known = ("annotator", "created", "model", "sampling", "consent", "id")
+        known = ("annotator", "created", "model", "sampling", "reply", "consent", "id")
         yield told | {name: getattr(one, name) for name in known} | {"simulated": False}
 
 

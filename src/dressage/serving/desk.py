@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -69,25 +69,34 @@ class Desk:
         return self.template.encode_prompt(Prompt((*(Message("system", words) for words in head), *messages)))
 
     async def write(
-        self, prompt: Prompt, sampling: Sampling, count: int, identity: str
+        self, prompt: Prompt, sampling: Sampling, count: int, identity: str, gone: Awaitable[Any]
     ) -> AsyncGenerator[tuple[int, str] | Answered, None]:
         """Pieces of `count` answers with their numbers, then all of it together, remembered as `identity`.
 
-        Raises: Busy if too many wait already. EngineError before the first piece if the prompt is too long.
+        It ends where it is, even in the queue, when `gone` is done: nobody listens any more. Raises: Busy if too many
+        wait already. EngineError before the first piece if the prompt is too long.
         """
         if self._waiting >= WAITING:
             raise Busy(f"{self._waiting} are waiting already; ask again in a moment")
+        left = asyncio.ensure_future(gone)
+        turn = asyncio.ensure_future(self._turn.acquire())
         self._waiting += 1
         try:
-            await self._turn.acquire()
+            await asyncio.wait((turn, left), return_when=asyncio.FIRST_COMPLETED)
         finally:
             self._waiting -= 1
+            if not turn.done():
+                turn.cancel()
+        if turn.cancelled() or not turn.done():
+            return
         try:
             ends = time.monotonic() + self.seconds
             spoken = [Spoken(self.template) for _ in range(count)]
             drawn = self.engine.stream_several([prompt] * count, sampling)
             # In another thread: who asks something else meanwhile hears that it has to wait.
             while time.monotonic() < ends and (step := await asyncio.to_thread(next, drawn, None)) is not None:
+                if left.done():
+                    return
                 number, token = step
                 if piece := spoken[number].hear(token):
                     yield number, piece

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import ipaddress
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +23,7 @@ SECONDS = 10.0
 """In which a request has to be there, head and body each."""
 PAGES = ("/", "/chat.js", "/style.css")
 """What is shown without a token: it holds nothing that is anybody's."""
+HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]+)?", re.IGNORECASE)
 HEADERS = {
     "content-security-policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; base-uri 'none';"
@@ -41,10 +44,10 @@ class Refused(Exception):
         super().__init__(why)
         self.status = status
 
-    def content(self) -> bytes:
+    def told(self) -> dict[str, Any]:
         """As OpenAI's clients read it."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
-        return json.dumps({"error": {"message": str(self), "type": kind, "code": self.status}}).encode()
+        return {"error": {"message": str(self), "type": kind, "code": self.status}}
 
 
 @dataclass(frozen=True)
@@ -80,8 +83,9 @@ class Guard:
         except Refused as refused:
             more = {"www-authenticate": "Bearer"} if refused.status == 401 else {}
             headers = _raw({"content-type": "application/json"} | more)
+            content = json.dumps(refused.told()).encode()
             await answered({"type": "http.response.start", "status": refused.status, "headers": headers})
-            await answered({"type": "http.response.body", "body": refused.content(), "more_body": True})
+            await answered({"type": "http.response.body", "body": content, "more_body": True})
             await _linger(receive)
             await answered({"type": "http.response.body", "body": b""})
             return
@@ -94,7 +98,7 @@ class Guard:
             read = True
             return {"type": "http.request", "body": body, "more_body": False}
 
-        with contextlib.suppress(TimeoutError):
+        with contextlib.suppress(TimeoutError, asyncio.CancelledError):  # the end of a slow reader, of the server
             await self.app(scope, whole, answered)
 
     def _admit(self, scope: Scope) -> None:
@@ -112,7 +116,7 @@ class Guard:
         scheme, _, given = " ".join(headers.get("authorization", [])).partition(" ")
         if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self.token.encode()):
             raise Refused(401, "the token is missing or wrong; it was printed when the server was started")
-        if scope["method"] == "POST" and headers.get("content-type", [""])[0].partition(";")[0] != "application/json":
+        if scope["method"] == "POST" and _media_type(headers) != "application/json":
             raise Refused(415, "send JSON, as content-type: application/json")
         if any(length.isdigit() and int(length) > self.largest for length in headers.get("content-length", [])):
             raise Refused(413, f"more than {self.largest >> 10} KiB")
@@ -137,14 +141,31 @@ class Guard:
 class Impatient(H11Protocol):
     """uvicorn's HTTP, and an end to whoever connects and does not ask. A connection has one request (HEADERS)."""
 
+    closing = False
+
     def connection_made(self, transport: Any) -> None:
         """Begin to wait for the request's head."""
         super().connection_made(transport)
-        self.loop.call_later(SECONDS, self._end_if_silent)
+        self.loop.call_later(SECONDS, self._look)
 
-    def _end_if_silent(self) -> None:
-        if self.cycle is None:
-            self.transport.close()
+    def _look(self) -> None:
+        """Now and then: has it asked yet, and does it take what it was sent before the end?"""
+        if self not in self.connections:
+            return
+        if self.cycle is None or self.closing:
+            self.transport.abort()
+        else:
+            self.closing = self.transport.is_closing()
+            self.loop.call_later(SECONDS, self._look)
+
+
+def called(name: str) -> str:
+    """A host's name or address as Host headers write it. ValueError if it is none, or has a port."""
+    with contextlib.suppress(ValueError):
+        return f"[{ipaddress.IPv6Address(name.strip('[]'))}]"
+    if (match := HOST.fullmatch(name)) is None or match[2]:
+        raise ValueError(f"{name!r} is no name of a host")
+    return name.lower()
 
 
 async def _linger(receive: Receive) -> None:
@@ -156,9 +177,13 @@ async def _linger(receive: Receive) -> None:
 
 
 def _name(host: str) -> str:
-    """A Host header without its port."""
-    name, bracket, _ = host.partition("]")
-    return (name + bracket if bracket else host.partition(":")[0]).lower()
+    """A Host header without its port; nothing if it is none."""
+    match = HOST.fullmatch(host)
+    return match[1].lower() if match else ""
+
+
+def _media_type(headers: Mapping[str, Sequence[str]]) -> str:
+    return headers.get("content-type", [""])[0].partition(";")[0].strip().lower()
 
 
 def _raw(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:

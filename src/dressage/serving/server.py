@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
+import sys
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import uvicorn
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -26,8 +27,10 @@ from dressage.errors import DataError, EngineError, ModelError
 from dressage.feedback.store import Feedback, FeedbackStore, State
 from dressage.schema import Message, Sampling
 from dressage.serving.desk import Answered, Busy, Desk, drawn_anew
-from dressage.serving.guard import LARGEST_HEAD, Guard, Impatient, Refused
+from dressage.serving.guard import LARGEST_HEAD, Guard, Impatient, Refused, called
 
+LOWEST = 0.001
+"""Temperature above 0."""
 AT_ONCE = 64
 """Connections; more are told to come again."""
 PAGE = Path(__file__).with_name("page")
@@ -62,6 +65,7 @@ class Question(_Asked):
     """Not looked at: there is one."""
     n: Annotated[int, Field(ge=1, le=4)] = 1
     temperature: Annotated[float, Field(ge=0, le=10)] | None = None
+    """0, or from LOWEST on: what lies between overflows, and would draw the same."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -69,6 +73,13 @@ class Question(_Asked):
     stream: bool = False
     user: str | None = None
     """Not looked at."""
+
+    @field_validator("temperature")
+    @classmethod
+    def _can_divide(cls, temperature: float | None) -> float | None:
+        if temperature is not None and 0 < temperature < LOWEST:
+            raise ValueError(f"give 0, which always takes the likeliest token, or at least {LOWEST}")
+        return temperature
 
     def sampling(self, own: Sampling) -> Sampling:
         """The server's way to draw, changed as asked; never more tokens than it allows."""
@@ -98,6 +109,8 @@ class Vote(_Asked):
     def _says_one_thing(self) -> Vote:
         if sum(said is not None for said in (self.ranks, self.good, self.better)) != 1:
             raise ValueError("give one of ranks, good and better")
+        if self.better is not None and not self.better.strip():
+            raise ValueError("better has no words")
         if not self.annotator.isprintable():
             raise ValueError("annotator is a name of printable characters")
         return self
@@ -121,6 +134,8 @@ class Vote(_Asked):
             verdict=tuple(self.ranks or ()),
             model=model,
             sampling={name: getattr(of.sampling, name) for name in drawn},
+            reply=of.id,
+            number=self.index,
             consent=CONSENT[self.consent],
             state=state,
         )
@@ -166,16 +181,17 @@ class Service:
         question = _read(Question, await request.body())
         sampling = question.sampling(self.desk.sampling)
         messages = [Message(turn.role, turn.content) for turn in question.messages]
-        prompt = await run_in_threadpool(self.desk.encode, messages)
+        prompt = await asyncio.to_thread(self.desk.encode, messages)
         identity = f"chatcmpl-{secrets.token_hex(12)}"
         told = {"id": identity, "created": int(time.time()), "model": self.desk.model["name"]}
-        written = self.desk.write(prompt, sampling, question.n, identity)
+        gone = asyncio.ensure_future(request.receive())
+        written = self.desk.write(prompt, sampling, question.n, identity, gone)
         try:
-            first = await anext(written)  # before a good beginning is made of what fails
+            first = await anext(written, None)  # before a good beginning is made of what fails
         except BaseException:
-            await written.aclose()
+            gone.cancel()
             raise
-        return (_streamed if question.stream else _whole)(_Writing(written, first, told, len(prompt.tokens)))
+        return (_streamed if question.stream else _whole)(_Writing(written, first, gone, told, len(prompt.tokens)))
 
     async def vote(self, request: Request) -> Response:
         """Keep what a person says of an answer."""
@@ -186,14 +202,24 @@ class Service:
         if answered is None:
             raise Refused(404, "no such answer, or too long ago: feedback is taken of what this server answered")
         feedback = vote.feedback(answered, self.desk.model, self.arriving)
-        await run_in_threadpool(self.store.add, feedback)
+        if not await _stored(self.store.add, feedback):
+            raise Refused(409, "there is a vote on this under this name already; take it back first")
         return JSONResponse({"id": feedback.id, "state": feedback.state}, 201)
 
     async def withdraw(self, request: Request) -> Response:
         """Delete what a person said, by the name that only they were told."""
-        if self.store is None or not await run_in_threadpool(self.store.delete, ids=[request.path_params["id"]]):
+        if self.store is None or not await _stored(self.store.delete, ids=[request.path_params["id"]]):
             raise Refused(404, "no such feedback")
         return Response(status_code=204)
+
+
+async def _stored(change: Callable[..., Any], *given: Any, **named: Any) -> Any:
+    """What the store says to a change. Refused, and told to who runs the server, where it cannot be made."""
+    try:
+        return await run_in_threadpool(change, *given, **named)
+    except DataError as error:
+        print(f"error: feedback: {error}", file=sys.stderr, flush=True)
+        raise Refused(503, "feedback cannot be changed just now; try again in a moment") from error
 
 
 def build_app(service: Service) -> Starlette:
@@ -222,7 +248,7 @@ def guarded(service: Service, *, token: str, hosts: Sequence[str]) -> uvicorn.Se
     """The server, ready to run. `hosts` are the names by which it may be called."""
     return uvicorn.Server(
         uvicorn.Config(
-            Guard(build_app(service), token, frozenset(map(_bare, hosts))),
+            Guard(build_app(service), token, frozenset(map(called, hosts))),
             http=Impatient,
             h11_max_incomplete_event_size=LARGEST_HEAD,
             ws="none",
@@ -232,18 +258,15 @@ def guarded(service: Service, *, token: str, hosts: Sequence[str]) -> uvicorn.Se
             server_header=False,
             access_log=False,
             log_config=None,
+            log_level="error",
             limit_concurrency=AT_ONCE,
             timeout_graceful_shutdown=2,
         )
     )
 
 
-def _bare(name: str) -> str:
-    return f"[{name}]" if ":" in name and not name.startswith("[") else name.lower()
-
-
 def _refusal(error: Refused) -> Response:
-    return Response(error.content(), error.status, media_type="application/json")
+    return JSONResponse(error.told(), error.status)
 
 
 def _file(name: str) -> Any:
@@ -256,12 +279,11 @@ def _file(name: str) -> Any:
 def _read(kind: type[Body], content: bytes) -> Body:
     """A request's body. Refused in a line that says which field is wrong."""
     try:
-        # Through Python's own parser, which knows its depth; strictly, as from JSON.
         return kind.model_validate_json(content)
     except ValidationError as error:
         faults = []
         for one in error.errors(include_url=False, include_input=False)[:3]:
-            where = ".".join(map(str, one["loc"]))
+            where = ".".join(map(str, one["loc"]))[:60]
             said = "is not known here; leave it out" if one["type"] == "extra_forbidden" else one["msg"]
             faults.append(f"{where}: {said}" if where else said)
         raise Refused(400, "; ".join(faults)) from error
@@ -279,29 +301,29 @@ class _Writing:
     """An answer that has begun."""
 
     rest: AsyncGenerator[tuple[int, str] | Answered, None]
-    first: tuple[int, str] | Answered
+    first: tuple[int, str] | Answered | None
+    """None: who asked went away before their turn came."""
+    gone: asyncio.Future[Any]
     told: Mapping[str, Any]
     """What every part of the reply says."""
     asked: int
     """Tokens of the prompt."""
 
-    async def until_gone(self, receive: Receive) -> AsyncGenerator[tuple[int, str] | Answered, None]:
-        """All of it, as long as somebody listens; the model is free for the next then."""
-        gone = asyncio.ensure_future(receive())
+    async def pieces(self) -> AsyncGenerator[tuple[int, str] | Answered, None]:
+        """All of it."""
         try:
             async with aclosing(self.rest):
-                yield self.first
+                if self.first is not None:
+                    yield self.first
                 async for one in self.rest:
-                    if gone.done():
-                        return
                     yield one
         finally:
-            gone.cancel()
+            self.gone.cancel()
 
 
 def _whole(writing: _Writing) -> ASGIApp:
     async def respond(scope: Scope, receive: Receive, send: Send) -> None:
-        async with aclosing(writing.until_gone(receive)) as written:
+        async with aclosing(writing.pieces()) as written:
             async for one in written:
                 if isinstance(one, Answered):
                     counts = {"prompt_tokens": writing.asked, "completion_tokens": one.tokens}
@@ -316,21 +338,31 @@ def _streamed(writing: _Writing) -> ASGIApp:
     """Server-sent events, as OpenAI's clients read them."""
 
     async def respond(scope: Scope, receive: Receive, send: Send) -> None:
-        async def event(number: int, delta: dict[str, str], finish: str | None) -> None:
+        async def event(content: Mapping[str, Any]) -> None:
+            line = f"data: {json.dumps(content, ensure_ascii=False)}\n\n".encode()
+            await send({"type": "http.response.body", "body": line, "more_body": True})
+
+        async def chunk(number: int, delta: dict[str, str], finish: str | None) -> None:
             choice = {"index": number, "delta": delta, "finish_reason": finish}
-            chunk = {**writing.told, "object": "chat.completion.chunk", "choices": [choice]}
-            content = f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n".encode()
-            await send({"type": "http.response.body", "body": content, "more_body": True})
+            await event({**writing.told, "object": "chat.completion.chunk", "choices": [choice]})
 
         headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        async with aclosing(writing.until_gone(receive)) as written:
-            async for one in written:
-                if isinstance(one, Answered):
-                    for number, finish in enumerate(one.finishes):
-                        await event(number, {}, finish)
-                else:
-                    await event(one[0], {"role": "assistant", "content": one[1]}, None)
+        begun: set[int] = set()
+        try:
+            async with aclosing(writing.pieces()) as written:
+                async for one in written:
+                    if isinstance(one, Answered):
+                        for number, finish in enumerate(one.finishes):
+                            await chunk(number, {}, finish)
+                    else:
+                        number, piece = one
+                        await chunk(
+                            number, ({} if number in begun else {"role": "assistant"}) | {"content": piece}, None
+                        )
+                        begun.add(number)
+        except EngineError as error:
+            await event(Refused(500, str(error)).told())
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
 
     return respond

@@ -94,7 +94,7 @@ async function* events(reply) {
 }
 
 async function answer() {
-  const count = at("two").checked ? 2 : 1;
+  const count = at("two").checked ? 2 : 1, talk = turns;
   const row = make("div", "answers");
   const written = Array.from({ length: count }, () => ({ text: "", finish: null, card: make("div", "answer") }));
   for (const one of written) {
@@ -103,11 +103,13 @@ async function answer() {
     row.append(one.card);
   }
   at("talk").append(row);
-  busy(new AbortController());
+  const mine = new AbortController();
+  busy(mine);
   let id = null;
   try {
     const asked = { messages: turns, n: count, stream: true };
-    for await (const chunk of events(await call("v1/chat/completions", "POST", asked, running.signal))) {
+    for await (const chunk of events(await call("v1/chat/completions", "POST", asked, mine.signal))) {
+      if (chunk.error) throw new Error(chunk.error.message);
       id = chunk.id;
       for (const choice of chunk.choices) {
         const one = written[choice.index];
@@ -120,9 +122,9 @@ async function answer() {
     tell("");
   } catch (error) {
     if (error.name !== "AbortError") tell(error.message, true);
-    id = null;
   }
-  busy(null);
+  if (running === mine) busy(null);
+  if (turns !== talk) return;  // a new conversation has begun
   for (const one of written) if (one.finish === "length") one.card.append(make("span", "cut", say("cut")));
   if (written.some((one) => one.finish)) offer(id, row, written);
   else if (written[0].text) settle(written, 0);
