@@ -13,8 +13,8 @@ import pytest
 Command = Callable[..., Any]
 Write = Callable[..., Path]
 
-VERBS = ["quickstart", "run", "sft", "reward", "dpo", "ppo", "rl", "sample", "rank", "evaluate", "chat", "report"]
-VERBS += ["doctor", "recipes", "algorithms"]
+VERBS = ["quickstart", "run", "sft", "reward", "dpo", "ppo", "rl", "sample", "rank", "evaluate", "chat", "serve"]
+VERBS += ["report", "doctor", "recipes", "algorithms", "feedback"]
 STAGES = ["sft", "samples", "rank", "reward", "ppo", "before", "after", "evaluate"]
 PIPELINE = """
 description: The whole loop in seconds.
