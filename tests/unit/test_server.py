@@ -153,6 +153,7 @@ def test_nobody_says_two_things_of_one_answer(empty: Served) -> None:
     vote = {"id": ask(empty, n=2).json()["id"], "consent": "en", "annotator": "Anna"}
     first = empty.ask("POST", VOTE, vote | {"ranks": [0, 1]})
     assert empty.ask("POST", VOTE, vote | {"ranks": [1, 0]}).status == 409
+    assert empty.ask("POST", VOTE, vote | {"ranks": [1, 0], "index": 1}).status == 409
     assert empty.ask("POST", VOTE, vote | {"ranks": [1, 0], "annotator": "Bo"}).status == 201
     assert empty.ask("DELETE", f"{VOTE}/{first.json()['id']}").status == 204
     assert empty.ask("POST", VOTE, vote | {"ranks": [1, 0]}).status == 201
