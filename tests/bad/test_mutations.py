@@ -1,10 +1,10 @@
-"""A good file or recipe with something changed by chance: it is read, or refused in a line; nothing else happens."""
+"""A good file, recipe or request with something changed by chance is read, or refused in a line; nothing else happens."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bad.data import GOOD, HH, PAIR, RANKED, TREE, ULTRA
+from bad.requests import ASK, HELLO, TOKEN, VOTE
 from dressage.data.sources import read_demonstrations, read_prompts, read_rankings, read_ratings
 from dressage.errors import DressageError
 from dressage.recipe import load_pipeline, load_stage, recipes
 from dressage.stages.answers import lines_of
+from server import Served, serving
 
 TRIES = settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=[*HealthCheck])
 ROWS: list[dict[str, Any]] = [
@@ -127,3 +129,30 @@ def test_files_of_a_run(ready: Path, file: str, data: st.DataObject, monkeypatch
     finally:
         os.chdir(here)
         path.write_bytes(good)
+
+
+@pytest.fixture(scope="module")
+def served(tiny_model: Path) -> Iterator[Served]:
+    with serving(tiny_model, tiny_model.with_name("feedback.db"), token=TOKEN) as served:
+        yield served
+
+
+@pytest.mark.parametrize("path", [ASK, VOTE])
+@TRIES
+@given(data=st.data())
+def test_requests(path: str, served: Served, data: st.DataObject) -> None:
+    if path == VOTE:
+        answered = served.ask("POST", ASK, HELLO | {"n": 2}).json()["id"]
+        body: dict[str, Any] = {"id": answered, "consent": "en", "annotator": "Anna", "ranks": [0, 1], "index": 0}
+    else:
+        body = HELLO | {"n": 2, "temperature": 0.5, "top_p": 0.9, "seed": 3, "stream": False}
+    sent = json.dumps(changed(body, data)).encode("utf-8", "surrogatepass")
+    reply = served.ask("POST", path, spliced(sent, data) if data.draw(st.booleans()) else sent)
+    assert reply.status in (200, 201, 400, 404), reply.text
+    if reply.status >= 400:
+        error = reply.json()["error"]
+        assert error["code"] == reply.status and len(error["message"]) < 600 and "Traceback" not in error["message"]
+    elif reply.headers["content-type"] == "application/json":
+        assert reply.json()["id"]
+    else:
+        assert all("error" not in event for event in reply.events())
