@@ -1,4 +1,4 @@
-"""A good file, recipe or request with something changed by chance is read, or refused in a line; nothing else happens."""
+"""A good file, recipe or request with something changed by chance is read, or refused in a line; nothing more."""
 
 from __future__ import annotations
 
