@@ -17,8 +17,6 @@ from typing import TYPE_CHECKING, Annotated, TypedDict
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from dressage.errors import ConfigError, DataError
 
@@ -128,20 +126,17 @@ def serve(
 
 @feedback.command("list")
 def list_feedback(place: Store = STORE, annotator: Annotator = None) -> None:
-    """What there is, the oldest first."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column("id", no_wrap=True, min_width=32)  # whole, as --id wants it
-    for name in ("when (UTC)", "who", "what", "verdict", "state", "prompt"):
-        table.add_column(name)
+    """What there is, the oldest first: name, time (UTC), person, kind, verdict and question."""
     counts: Counter[str] = Counter()
     with _opened(place) as store:
         for one in store.read(annotator=annotator):
-            counts[f"{one.kind}s" if one.state == "kept" else f"{one.kind}s in quarantine"] += 1
-            row = (one.id, one.created[:16], one.annotator, one.kind, " ".join(map(str, one.verdict)), one.state)
-            table.add_row(*map(_plain, (*row, one.prompt[-1].content if one.prompt else "")))
-    console = Console(highlight=False)
-    console.print(table)
-    console.print(", ".join(f"{count} {what}" for what, count in sorted(counts.items())) or "nothing yet")
+            what = one.kind if one.state == "kept" else f"{one.kind} in quarantine"
+            counts[what] += 1
+            verdict = " ".join(map(str, one.verdict))
+            asked = one.prompt[-1].content if one.prompt else ""
+            # A line for each, however wide the terminal, for grep and cut.
+            typer.echo("  ".join(map(_plain, (one.id, one.created[:16], one.annotator, what, verdict, asked))))
+    typer.echo(", ".join(f"{count} x {what}" for what, count in sorted(counts.items())) or "nothing yet")
 
 
 @feedback.command("export")
@@ -239,6 +234,6 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
 
 
 def _plain(text: str) -> str:
-    """A line of a table: what people wrote does not steer the terminal."""
+    """What people wrote does not steer the terminal."""
     told = "".join(letter if letter.isprintable() else " " for letter in text)
-    return escape(told if len(told) <= 60 else f"{told[:57]}...")
+    return told if len(told) <= 60 else f"{told[:57]}..."

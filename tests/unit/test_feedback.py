@@ -97,7 +97,7 @@ def test_quarantine_keeps_back_until_released(
     out = tmp_path / "rankings.jsonl"
     assert dressage("feedback", "quarantine", place, "--annotator", "Anna").stdout == "2 put into quarantine\n"
     listed = dressage("feedback", "list", place).stdout
-    assert "1 ratings" in listed and "1 rankings in quarantine" in listed
+    assert "1 x rating" in listed and "1 x ranking in quarantine" in listed and RANKED.id in listed
     ran = dressage("feedback", "export", "rankings", place, "--out", out)
     assert ran.exit_code == 2 and "no rankings to export" in ran.stderr and not out.exists()
     assert dressage("feedback", "release", place, "--id", RANKED.id).stdout == "1 released\n"
