@@ -146,7 +146,8 @@ def chat(
         raise ConfigError(f"--temperature {temperature}: must be a finite number")
     console = _console()
     with console.status("loading the model"):
-        from dressage.assemble import build_reward_model, build_speaker
+        from dressage.assemble import build_speaker
+        from dressage.assemble_rewards import build_reward_model
         from dressage.schema import Sampling
         from dressage.serving.chat import BestOf, Streaming
         from dressage.serving.chat import chat as talk
@@ -361,7 +362,8 @@ def _run_stage(name: str, settings: Settings, folder: Path, console: Console) ->
 def _foretell(stages: Mapping[str, Settings], folder: Path) -> None:
     """What each stage will take, without doing any of it."""
     _quiet()
-    from dressage.assemble import build_rows, build_template, check_rewards
+    from dressage.assemble import build_rows, build_template
+    from dressage.assemble_rewards import check_rewards
     from dressage.training.preflight import Foresight
 
     console = _console()

@@ -348,7 +348,7 @@ def test_whole_weights_learn_against_a_reward_model_that_stands_still(
     dressage: Command, recipe: Path, tmp_path: Path
 ) -> None:
     """With lora=null the policy's weights move; the reward model, trained as an adapter on the same base, must not."""
-    from dressage import assemble
+    from dressage import assemble, assemble_rewards
     from dressage.config import PpoConfig
     from dressage.models.files import load_backbone
     from dressage.recipe import load_pipeline
@@ -361,7 +361,7 @@ def test_whole_weights_learn_against_a_reward_model_that_stands_still(
     settings = stages["ppo"]
     assert isinstance(settings, PpoConfig)
     backbone = load_backbone(assemble.learning_model(settings))
-    _, learned = assemble.build_rewards(settings, backbone, assemble.build_template(settings.model))
+    _, learned = assemble_rewards.build_rewards(settings, backbone, assemble.build_template(settings.model))
     (reward_model,) = learned.values()
     assemble.build_role(backbone, "policy", None, seed=1)
     assert reward_model.backbone is not backbone

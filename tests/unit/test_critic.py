@@ -13,7 +13,7 @@ import torch
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dressage import assemble
+from dressage import assemble, assemble_rewards
 from dressage.config import PpoConfig
 from dressage.models.files import load_backbone, load_head
 from dressage.models.pretrained import load_tokenizer
@@ -90,7 +90,7 @@ def critic(made: Path, tiny_model: Path, *changes: str) -> tuple[Role, Role]:
     config = load_stage("ppo", None, ppo(made, tiny_model, *changes))
     assert isinstance(config, PpoConfig)
     template, backbone = assemble.build_template(config.model), load_backbone(config.model)
-    _, learned = assemble.build_rewards(config, backbone, template)
+    _, learned = assemble_rewards.build_rewards(config, backbone, template)
     built = assemble.build_value(online_algorithm(config), config, backbone, learned, template)
     assert built is not None
     return built[0], next(iter(learned.values()))

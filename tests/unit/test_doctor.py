@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from dressage import assemble
+from dressage import assemble, assemble_rewards
 from dressage.algorithms import advantages
 from dressage.batches import Ints, Mask, PerSequence
 from dressage.data import collate
@@ -474,8 +474,8 @@ def test_a_reward_model_of_another_system_turn(
     changes = ["stages.ppo.model.system=Be kind."]
     got = finding(21, subject_of(str(run_folder), changes, scratch))
     assert got.level == "ok" and got.evidence == "another system turn, written anew"
-    build = assemble.build_reward_model
-    monkeypatch.setattr(assemble, "build_reward_model", lambda *given: LearnedReward(build(*given).role))
+    build = assemble_rewards.build_reward_model
+    monkeypatch.setattr(assemble_rewards, "build_reward_model", lambda *given: LearnedReward(build(*given).role))
     got = finding(21, subject_of(str(run_folder), changes, scratch))
     assert got.level == "fault" and got.evidence == "another system turn, read as they are"
 

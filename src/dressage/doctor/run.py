@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dressage import assemble
+from dressage import assemble, assemble_rewards
 from dressage.algorithms.catalog import algorithm
 from dressage.config import PpoConfig
 from dressage.doctor.check import Check, Finding, does_not_apply, found
@@ -127,7 +127,7 @@ def cost_is_known(subject: Subject) -> Finding:
     """31: what a run takes is told before it begins, and there is as much memory."""
     template = cache(assemble.build_template)
     read = cache(lambda kind, data, model, seed: assemble.build_rows(kind, data, template(model), seed))
-    foresight = Foresight(read, assemble.check_rewards)
+    foresight = Foresight(read, assemble_rewards.check_rewards)
     for name, stage in subject.stages.items():
         foresight.of(stage, subject.folder / name)
     if not foresight.memory:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dressage import assemble
+from dressage import assemble, assemble_rewards
 from dressage.algorithms.catalog import Algorithm, algorithm
 from dressage.algorithms.policy_gradient import PolicyGradientSettings
 from dressage.batches import Experience
@@ -206,7 +206,7 @@ class Subject:
         """The reward model; if there is none yet, an adapter and a head as it would begin, moved off its start."""
         if self.reward_folder is not None:
             shared = self.backbone if self.ppo.lora is not None else None
-            return assemble.build_reward_model(
+            return assemble_rewards.build_reward_model(
                 str(self.reward_folder), self.model, shared, self.template, "doctor-reward"
             )
         own = next((one for one in reversed([*self.learning.values()]) if isinstance(one, RewardConfig)), None)
@@ -229,7 +229,7 @@ class Subject:
         """What gives the whole reward, or the judge alone where a part of it has still to be made."""
         if self.online is None or any(not (Path(name) / ROLE_FILE).is_file() for name in self.online.reward_models):
             return self.learned
-        return assemble.build_rewards(self.ppo, self.backbone, self.template)[0]
+        return assemble_rewards.build_rewards(self.ppo, self.backbone, self.template)[0]
 
     @cached_property
     def below(self) -> tuple[Role, Role] | None:

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from dressage import assemble
+from dressage import assemble, assemble_rewards
 from dressage.algorithms.selection import best_of_groups, best_of_n_kl, expected_best
 from dressage.config import RankConfig, SampleConfig
 from dressage.data.sources import read_rankings
@@ -42,7 +42,7 @@ def sample(config: SampleConfig, folder: Path, console: Console | None) -> None:
     if config.reward_model is not None:
         # A policy that is switched on and off is not the model of the settings.
         backbone = role.backbone if reference is None else None
-        scorer = assemble.build_reward_model(config.reward_model, config.model, backbone, template)
+        scorer = assemble_rewards.build_reward_model(config.reward_model, config.model, backbone, template)
     drawn = config.answers_per_prompt * config.best_of
     asked = [prompt for prompt in rows.train for _ in range(drawn)]
     with Progress(console=console or Console(quiet=True), transient=True) as progress:

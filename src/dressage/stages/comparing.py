@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from dressage import assemble
+from dressage import assemble, assemble_rewards
 from dressage.config import DataConfig, EvaluateConfig
 from dressage.data.prepare import EncodedRanking
 from dressage.errors import DataError
@@ -146,7 +146,7 @@ def evaluate(config: EvaluateConfig, folder: Path, console: Console | None) -> N
 def _verdicts(judge: JudgeConfig, seed: int, sides: Mapping[str, Sequence[Rollout]]) -> PairVerdicts:
     """A win is one of the answer after."""
     pairs = zip(sides["after"], sides["before"], strict=True)
-    return assemble.build_pair_judge(judge, seed)([Pair(a.prompt.text, a.text, b.text) for a, b in pairs])
+    return assemble_rewards.build_pair_judge(judge, seed)([Pair(a.prompt.text, a.text, b.text) for a, b in pairs])
 
 
 def _two_orders(verdicts: PairVerdicts) -> str:

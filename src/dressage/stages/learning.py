@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from dressage import assemble
+from dressage import assemble, assemble_rewards
 from dressage.algorithms.catalog import algorithm
 from dressage.algorithms.reward_modeling import affine_normalisation
 from dressage.batches import RatingBatch
@@ -196,9 +196,9 @@ def ppo(config: PpoConfig, folder: Path, console: Console | None) -> None:
             config.seed,
         )
     note(folder, (*rows.notes, *glance(config, template, "prompts", rows)), console)
-    assemble.check_rewards(config, rows.train)
+    assemble_rewards.check_rewards(config, rows.train)
     backbone = load_backbone(assemble.learning_model(config))
-    scorer, learned = assemble.build_rewards(config, backbone, template)
+    scorer, learned = assemble_rewards.build_rewards(config, backbone, template)
     critic = assemble.build_value(row, config, backbone, learned, template)
     value = None if critic is None else critic[0]
     trunk = ScalarHead(backbone.width) if value is None and "value" in row.roles else None

@@ -1,0 +1,85 @@
+"""What a learning pass really takes of memory for each token, with free memory given back inside it and without.
+
+    python benchmarks/kept.py [--layers N]
+
+SmolLM2-135M under an adapter, texts of 80 tokens that share nothing; each number of texts in a process of its own, four
+passes forward and backward, the last three looked at. Prints gigabytes above the loaded model, and by least squares how
+many times the numbers that are kept (`Reader.kept_bytes` for KEPT = 1) that is: KEPT in training/cost.py is from here.
+Linux; memory does not care what else runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from contextlib import nullcontext
+
+TEXTS, LENGTH = (2, 4, 8, 16), 80
+
+
+def measure(texts: int, given_back: bool, layers: int | None) -> float:
+    """Gigabytes that this process takes above those of the loaded model."""
+    import torch
+
+    from dressage.config import LoraConfig
+    from dressage.models.files import load_backbone
+    from dressage.models.roles import Role
+    from dressage.models.scoring import score_tokens
+    from dressage.monitor.memory import keep_freed_memory, rss_gb
+    from dressage.settings import ModelConfig
+    from dressage.training.update import giving_back
+
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    backbone = load_backbone(ModelConfig(name="packaged", dtype="float32"))
+    backbone.add_adapter("policy", LoraConfig(rank=16, alpha=32, layers=layers))
+    role, before = Role(backbone, "policy"), rss_gb()
+    tokens = torch.randint(10, 40_000, (texts, LENGTH), generator=torch.Generator().manual_seed(0))
+    real = torch.ones_like(tokens, dtype=torch.bool)
+    wanted = real & (torch.arange(LENGTH) >= LENGTH // 2)
+    taken = []
+    with giving_back([backbone]) if given_back else nullcontext():
+        for _ in range(4):
+            scores = score_tokens(role, tokens, real, wanted, entropy=True)
+            taken.append(rss_gb() - before)  # the most is between the two halves
+            scores.logprobs.sum().backward()
+            del scores
+    return max(taken[1:])
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--layers", type=int, help="that the adapter reaches; else all")
+    options.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
+    given = options.parse_args()
+    if given.one:
+        print(measure(*given.one, given.layers))
+        return
+    from dressage.config import LoraConfig
+    from dressage.settings import ModelConfig
+    from dressage.training.cost import KEPT, Reader, shape_of
+
+    reader = Reader(
+        shape_of(ModelConfig(name="packaged", dtype="float32")), LoraConfig(rank=16, alpha=32, layers=given.layers)
+    )
+    for given_back in (False, True):
+        taken = []
+        for texts in TEXTS:
+            command = [sys.executable, __file__, "--one", json.dumps([texts, given_back])]
+            command += [] if given.layers is None else ["--layers", str(given.layers)]
+            ran = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+            taken.append(float(ran.stdout.split()[-1]))
+        slope = statistics.linear_regression([texts * LENGTH for texts in TEXTS], taken).slope * 1e9
+        each = reader.kept_bytes(given_back) / KEPT[given_back]
+        told = ", ".join(f"{texts * LENGTH}: {gb:.2f}" for texts, gb in zip(TEXTS, taken, strict=True))
+        print(
+            f"{'given back' if given_back else 'kept':10}  {told} GB; {slope / 1e6:.2f} MB a token,"
+            f" {slope / each:.2f} x what is kept (KEPT: {KEPT[given_back]})"
+        )
+
+
+if __name__ == "__main__":
+    main()
