@@ -271,7 +271,7 @@ def giving_back(backbones: Sequence[Backbone]) -> Iterator[None]:
     """Within, forward passes that will be learnt from hand what is free back to the system, every few layers.
 
     The C library would keep it for later, but small things that stay lie scattered in it, and the next layer's large
-    ones find no room: at the end a third of what the process has is such holes.
+    ones find no room (benchmarks/kept.py).
     """
 
     def give(*_: Any) -> None:
