@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import wraps
 from typing import Any
 
 import pytest
@@ -70,6 +71,15 @@ PROMPTS = [
 ]
 
 
+BEGIN_ALIKE = [
+    prompt_of(5, 9, 11, 4, 3),
+    prompt_of(5, 9, 11, 8, 20),
+    prompt_of(5, 9, 30),
+    prompt_of(5, 9, 11),
+    prompt_of(6, 9, 11),
+]
+
+
 def engine_of(model: Any, *stop_tokens: int, **options: Any) -> NativeEngine:
     return NativeEngine(model, stop_tokens=stop_tokens, pad_token=0, **options)
 
@@ -100,7 +110,7 @@ def test_greedy_is_what_generate_does(name: str) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_fast_path_is_taken_where_it_is_right(name: str) -> None:
-    assert engine_of(model_of(name)).in_place == (name in IN_PLACE)
+    assert engine_of(model_of(name)).way == ("as a tree" if name in IN_PLACE else "plain")
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -109,7 +119,7 @@ def test_logprobs_are_those_of_a_plain_forward_pass(name: str, temperature: floa
     model = model_of(name)
     sampling = Sampling(max_new_tokens=20, temperature=temperature, seed=4)
     engine = engine_of(model, 3, 4, 5)
-    assert engine.in_place == (name in IN_PLACE)
+    assert (engine.way != "plain") == (name in IN_PLACE)
     for prompt, answer in zip(PROMPTS, engine.generate(PROMPTS, sampling), strict=True):
         scores = continued(model, prompt, answer, temperature)
         expected = scores.gather(-1, torch.tensor(answer.tokens)[:, None]).squeeze(-1)
@@ -207,8 +217,9 @@ def test_finished_answers_leave_the_batch(name: str, monkeypatch: pytest.MonkeyP
     shapes = shapes_of_passes(model, monkeypatch)
     answers = engine.generate(PROMPTS, Sampling(max_new_tokens=12))
     longer = [sum(len(answer.tokens) > step for answer in answers) for step in range(1, 12)]
-    sizes = [rows for rows, _ in shapes]
-    assert sizes == [5, *(size for size in longer if size)], "five different prompts, then those still being written"
+    assert shapes[0] == ((1, 20) if engine.way == "as a tree" else (5, 7)), "five different prompts, of 20 tokens"
+    sizes = [rows for rows, _ in shapes[1:]]
+    assert sizes == [size for size in longer if size], "then those that are still being written"
 
 
 def shapes_of_passes(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
@@ -216,6 +227,7 @@ def shapes_of_passes(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[
     shapes: list[tuple[int, int]] = []
     forward = model.forward
 
+    @wraps(forward)
     def noted(**inputs: Any) -> Any:
         shapes.append(tuple(inputs["input_ids"].shape))
         return forward(**inputs)
@@ -258,8 +270,18 @@ def test_a_prompt_is_read_once_for_all_its_answers(max_batch: int, monkeypatch: 
     shapes = shapes_of_passes(model, monkeypatch)
     prompts = [prompt_of(*range(start, start + 4)) for start in range(10, 30, 2) for _ in range(6)]
     engine.generate(prompts, Sampling(max_new_tokens=9))
-    assert sum(rows for rows, columns in shapes if columns == 4) == 10
+    assert sum(columns for _, columns in shapes if columns > 1) == 10 * 4
     assert max(rows for rows, columns in shapes if columns == 1) == min(max_batch, 60)
+
+
+def test_what_prompts_begin_with_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("llama")
+    engine = engine_of(model, max_batch=8)
+    expected = [engine.generate([one], Sampling(3, temperature=0.0))[0].tokens for one in BEGIN_ALIKE]
+    shapes = shapes_of_passes(model, monkeypatch)
+    answers = engine.generate(BEGIN_ALIKE, Sampling(3, temperature=0.0))
+    assert [answer.tokens for answer in answers] == expected
+    assert shapes[0] == (1, 5 + 2 + 1 + 0 + 3)
 
 
 def test_nothing_is_taken_from_where_nothing_was_written() -> None:

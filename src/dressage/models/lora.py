@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dressage import few_rows
+
 Addends = tuple[Tensor, Tensor | None, Tensor, Tensor, float]
 """Frozen weight [out, in] and bias, down [r, in], up [out, r] and scale."""
 
@@ -54,8 +56,7 @@ class LoraLinear(nn.Module):
             adapted: Tensor = _Adapted.apply(x, *self.addends(name))  # type: ignore[no-untyped-call]
             return adapted
         if self.merged is not None and self.merged[0] == name:
-            whole: Tensor = F.linear(x, self.merged[1], self.base.bias)  # type: ignore[arg-type]
-            return whole
+            return few_rows.linear(x, self.merged[1], self.base.bias)  # type: ignore[arg-type]
         low = F.linear(F.dropout(x, self.dropout[name]), self.down[name].to(x.dtype))
         y: Tensor = self.base(x)
         return y + F.linear(low, (self.up[name] * self.scale[name]).to(x.dtype))
@@ -95,8 +96,8 @@ class _Adapted(torch.autograd.Function):
 def adapted(x: Tensor, addends: Addends) -> Tensor:
     """x W' + b + scale x down' up' [..., out] of x [..., in]."""
     weight, bias, down, up, scale = addends
-    y = F.linear(x, weight, bias)
-    low = F.linear(x, down.to(x.dtype))
+    y = few_rows.linear(x, weight, bias)
+    low = few_rows.linear(x, down.to(x.dtype))
     y.view(-1, y.shape[-1]).addmm_(low.view(-1, low.shape[-1]), up.to(x.dtype).T, alpha=scale)
     return y
 

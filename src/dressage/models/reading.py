@@ -79,7 +79,7 @@ def read(backbone: Backbone, tree: Tree, adapter: str | None = None, depth: int 
     """
     places = {"position_ids": tree.positions[None], "use_cache": False}
     trunk = backbone.trunk
-    with _reading(tree, backbone):
+    with reading(tree, backbone.model):
         if trunk is None or not trunk.carries(backbone, adapter, depth):
             return states_of(backbone, {"input_ids": tree.tokens[None]} | places, last=depth)[0]
         below = trunk.known(tree)
@@ -242,15 +242,24 @@ _tree: ContextVar[Tree] = ContextVar("tree")
 
 
 @contextmanager
-def _reading(tree: Tree, backbone: Backbone) -> Iterator[None]:
-    """Within, the model's row of tokens [1, N] is this tree."""
-    config = backbone.model.config.get_text_config()
-    usual, token = config._attn_implementation, _tree.set(tree)
-    config._attn_implementation = ATTENTION
+def attending(model: Any, attention: str) -> Iterator[None]:
+    """Within, the model's attention is what transformers knows by this name."""
+    config = model.config.get_text_config()
+    usual, config._attn_implementation = config._attn_implementation, attention
     try:
         yield
     finally:
         config._attn_implementation = usual
+
+
+@contextmanager
+def reading(tree: Tree, model: Any) -> Iterator[None]:
+    """Within, the model's row of tokens [1, N] is this tree."""
+    token = _tree.set(tree)
+    try:
+        with attending(model, ATTENTION):
+            yield
+    finally:
         _tree.reset(token)
 
 
@@ -268,7 +277,9 @@ def _attention(
 
     Texts are laid out side by side for this alone. NotImplementedError where a model wants something else.
     """
-    _only_what_we_do(module, attention_mask, dropout, more)
+    only_what_we_do(module, dropout, more)
+    if attention_mask is not None:
+        raise NotImplementedError("attention of a tree knows no masks")
     tree = _tree.get()
 
     def laid_out(states: Tensor) -> Tensor:
@@ -285,10 +296,11 @@ def _attention(
     return found.unflatten(-1, (mixed.shape[1], -1))[None], None
 
 
-def _only_what_we_do(module: nn.Module, mask: Tensor | None, dropout: float, more: Mapping[str, Any]) -> None:
+def only_what_we_do(module: nn.Module, dropout: float, more: Mapping[str, Any]) -> None:
+    """NotImplementedError where a model wants more of attention than a product, a softmax and a product."""
     odd = [name for name in ("sliding_window", "softcap", "s_aux", "position_bias") if more.get(name) is not None]
-    if odd or dropout or mask is not None or not getattr(module, "is_causal", True):
-        raise NotImplementedError(f"attention of a tree knows no {', '.join(odd) or 'masks'}")
+    if odd or dropout or not getattr(module, "is_causal", True):
+        raise NotImplementedError(f"our attention knows no {', '.join(odd) or 'dropout, and looks back only'}")
 
 
 AttentionInterface.register(ATTENTION, _attention)

@@ -5,24 +5,34 @@ from __future__ import annotations
 import inspect
 from collections import deque
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from dressage.batches import Ints, Mask
+from dressage.models.reading import attending, only_what_we_do, reading, tree_of
 from dressage.tensors import position_ids
+
+Way = Literal["plain", "in place", "as a tree"]
+"""How much of a model's usual road is left: see `Decoding`."""
+ATTENTION = "dressage_next_token"
+"""What transformers calls our attention while one token follows the other."""
 
 
 class Decoding:
     """Prompts read once each, and then one token of every answer at a time; an answer that leaves makes room.
 
-    In place, the row of an answer begins in column 0 of the cache and has a length of its own, so that another may take
-    its place at any step. Else transformers' own cache is left-padded, and the next answers wait until all have left.
+    "plain": transformers' own cache, left-padded; the next answers wait until all have left.
+    "in place": the row of an answer begins in column 0 of the cache and has a length of its own, so that another may
+    take its place at any step.
+    "as a tree": in place; besides, prompts are read without padding and what they begin with once (`Tree`), and keys
+    that several heads share are not copied for each.
     Which columns count is known from the lengths, never looked up in the tokens.
     """
 
@@ -34,15 +44,15 @@ class Decoding:
         rows: int,
         room: int,
         pad_token: int,
-        in_place: bool,
+        way: Way,
     ) -> None:
         """Answers enter in the order of `prompts`, equal ones side by side. `rows`: most answers at once; `room`: most
-        new tokens; `in_place`: keep the cache in one block (see `takes_prepared_mask`)."""
+        new tokens; `way`: see `best_way`."""
         self.model = model
         accepted = inspect.signature(model.forward).parameters
         self.extra: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self.takes_positions = "position_ids" in accepted
-        self.pad_token, self.in_place = pad_token, in_place
+        self.pad_token, self.in_place, self.as_tree = pad_token, way != "plain", way == "as a tree"
         self.waiting = deque(map(tuple, prompts))
         self.rows = min(rows, len(prompts))
         self.capacity = max(map(len, prompts)) + room
@@ -80,7 +90,8 @@ class Decoding:
             mask = additive(seen, self.model.dtype)
         else:
             mask = self.mask = F.pad(self.mask, (0, 1), value=True)
-        self.logits = self._forward(tokens[:, None], mask, self.lengths[:, None], self.cache)
+        with attending(self.model, ATTENTION) if self.as_tree else nullcontext():
+            self.logits = self._forward(tokens[:, None], mask, self.lengths[:, None], self.cache)
         self.lengths = self.lengths + 1
 
     def keep(self, slots: Ints) -> None:
@@ -107,11 +118,32 @@ class Decoding:
         while self.waiting and (len(prompts) < count or (self.in_place and self.waiting[0] == prompts[-1])):
             prompts.append(self.waiting.popleft())
         unique = list(dict.fromkeys(prompts))
+        number = {prompt: i for i, prompt in enumerate(unique)}
+        parents = deque(number[prompt] for prompt in prompts)
         tokens, mask = left_padded(unique, self.pad_token, self.model.device)
         cache = DynamicCache(config=self.model.config)
+        if self.as_tree:
+            return self._read_tree(tokens, mask, cache, parents)
         logits = self._forward(tokens, mask, position_ids(mask), cache)
-        number = {prompt: i for i, prompt in enumerate(unique)}
-        return Read(cache, mask, logits, deque(number[prompt] for prompt in prompts))
+        width, lengths = mask.shape[-1], mask.sum(-1, keepdim=True)
+        # Their first tokens come to column 0; behind their last one nothing is looked at.
+        columns = (width - lengths + torch.arange(width, device=mask.device)).clamp(max=width - 1)
+        return Read(cache, mask, torch.arange(len(unique), device=mask.device), columns, logits, parents)
+
+    def _read_tree(self, tokens: Ints, mask: Mask, cache: DynamicCache, parents: deque[int]) -> Read:
+        tree = tree_of(tokens, mask)
+        last = tree.rows.gather(-1, mask.sum(-1, keepdim=True) - 1).squeeze(-1)
+        inputs: dict[str, Any] = {"logits_to_keep": last} if self.extra else {}
+        with reading(tree, self.model):
+            output = self.model(
+                input_ids=tree.tokens[None],
+                position_ids=tree.positions[None],
+                past_key_values=cache,
+                use_cache=True,
+                **inputs,
+            )
+        logits = output.logits[0] if self.extra else output.logits[0, last]
+        return Read(cache, mask, torch.zeros_like(last), tree.rows, logits, parents)
 
     def _enter(self, read: Read) -> None:
         """As many of these answers as there is room for."""
@@ -128,11 +160,9 @@ class Decoding:
             if not self.layers:
                 self.layers = [PreallocatedLayer(layer, self.rows, self.capacity) for layer in read.cache.layers]
                 self.cache = Cache(layers=list(self.layers))
-            width = mask.shape[-1]
-            # Their first tokens come to column 0; behind their last one nothing is looked at.
-            columns = (width - lengths[:, None] + torch.arange(width, device=mask.device)).clamp(max=width - 1)
+            rows, columns = read.rows[parents, None], read.columns[parents]
             for layer, prompt in zip(self.layers, read.cache.layers, strict=True):
-                layer.begin(begin, prompt, parents[:, None], columns)
+                layer.begin(begin, prompt, rows, columns)
         self.lengths = torch.cat([self.lengths, lengths])
         logits = read.logits[parents]
         self.logits = torch.cat([self.logits, logits]) if begin else logits
@@ -150,6 +180,8 @@ class Read:
 
     cache: DynamicCache
     mask: Mask  # [U, T]
+    rows: Ints  # [U] of the cache where each of them lies,
+    columns: Ints  # [U, T] and in which columns, one after the other
     logits: Tensor  # [U, V]
     parents: deque[int]  # of each answer, its prompt's row
 
@@ -234,23 +266,50 @@ def additive(mask: Mask, dtype: torch.dtype) -> Tensor:
     return blocked[:, None, None, :]
 
 
-def takes_prepared_mask(model: PreTrainedModel) -> bool:
-    """Whether the model may be given a prepared mask and a preallocated cache: it is asked, not looked up by name.
+def _next_token(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **more: Any,
+) -> tuple[Tensor, None]:
+    """[B, heads, 1, d] -> [B, 1, heads, d]; NotImplementedError where a model wants something else."""
+    only_what_we_do(module, dropout, more)
+    shared = key.shape[1] != query.shape[1]
+    mixed = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=shared
+    )
+    return mixed.transpose(1, 2), None
 
-    Not so where attention needs the plain mask (ALiBi, flash attention) or layers forget (sliding windows, states).
+
+AttentionInterface.register(ATTENTION, _next_token)
+
+
+def best_way(model: PreTrainedModel) -> Way:
+    """The quickest way that is right for the model: it is asked, not looked up by name.
+
+    Nothing but "plain" where attention needs the plain mask (ALiBi, flash attention) or layers forget (sliding windows,
+    states).
     """
     if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=model.config).layers):
-        return False
+        return "plain"
 
-    def logits_after_one_token(in_place: bool) -> Tensor:
-        batch = Decoding(model, [[0, 1, 1], [1]], rows=2, room=1, pad_token=0, in_place=in_place)
+    def logits_after_one_token(way: Way) -> Tensor:
+        batch = Decoding(model, [[0, 1, 1], [0, 1], [1]], rows=3, room=1, pad_token=0, way=way)
         batch.fill()
-        batch.advance(torch.tensor([0, 1], device=model.device))
+        batch.advance(torch.tensor([0, 1, 0], device=model.device))
         return batch.logits.float()
 
-    plain = logits_after_one_token(False)
-    try:
-        prepared = logits_after_one_token(True)
-    except (ValueError, RuntimeError, TypeError, IndexError):
-        return False
-    return bool(torch.allclose(plain, prepared, rtol=0.0, atol=0.01 * float(plain.abs().max())))
+    plain = logits_after_one_token("plain")
+    quicker: tuple[Way, ...] = ("as a tree", "in place")
+    for way in quicker:
+        try:
+            found = logits_after_one_token(way)
+        except (NotImplementedError, ValueError, RuntimeError, TypeError, IndexError):
+            continue
+        if torch.allclose(plain, found, rtol=0.0, atol=0.01 * float(plain.abs().max())):
+            return way
+    return "plain"

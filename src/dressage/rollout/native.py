@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dressage import few_rows
 from dressage.errors import EngineError
-from dressage.rollout.decoding import Decoding, takes_prepared_mask
+from dressage.rollout.decoding import Decoding, best_way
 from dressage.rollout.engine import evaluating, finish_of, limits_of, require_room, seeds_of
 from dressage.rollout.sampler import draw, uniforms
 from dressage.schema import Completion, Prompt, Sampling
@@ -49,7 +50,7 @@ class NativeEngine:
         self.max_batch = max_batch
         self.version = 0
         with self._ready():
-            self.in_place = takes_prepared_mask(model)
+            self.way = best_way(model)
 
     def load_weights(self, version: int, weights: Iterable[tuple[str, Tensor]] = ()) -> None:
         """Takes the number only: the weights are the trained model's own."""
@@ -98,7 +99,7 @@ class NativeEngine:
     @contextmanager
     def _ready(self) -> Iterator[None]:
         """Within: no gradients, no dropout, the policy's adapter on."""
-        with evaluating(self.model), self.active():
+        with evaluating(self.model), self.active(), few_rows.quick(self.model):
             yield
 
     def _steps(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling) -> Iterator[Step]:
@@ -111,7 +112,7 @@ class NativeEngine:
             rows=self.max_batch,
             room=sampling.max_new_tokens,
             pad_token=self.pad_token,
-            in_place=self.in_place,
+            way=self.way,
         )
         all_seeds, limits = torch.tensor(seeds, device=self.model.device), limits_of(seeds, sampling)
         lengths = [0] * len(prompts)

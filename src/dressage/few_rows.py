@@ -1,0 +1,83 @@
+"""Few rows times a matrix, as decoding multiplies every weight for every token: by few_rows.c where it was built."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache, partial
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+MOST = 64
+"""Rows; with more of them, BLAS is as quick."""
+_quick = ContextVar("quick", default=False)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W' + b [..., out] of x [..., in] and W [out, in], within `quick` as torch's own to rounding in float32.
+
+    torch's own elsewhere, and where a gradient is recorded, of more than MOST rows, of other types, devices or layouts.
+    """
+    multiply = kernel() if _quick.get() else None
+    if (
+        multiply is None
+        or weight.dtype != torch.float32
+        or x.dtype != torch.float32
+        or x.numel() > MOST * weight.shape[1]
+        or torch.is_grad_enabled()
+        or not (weight.is_cpu and x.is_cpu and weight.is_contiguous())
+        or (bias is not None and (bias.dtype != torch.float32 or not bias.is_contiguous()))
+    ):
+        return F.linear(x, weight, bias)
+    x = x.contiguous()
+    out, width = weight.shape
+    y = x.new_empty(*x.shape[:-1], out)
+    rows = x.numel() // width
+    multiply(x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(), rows, width, out)
+    return y
+
+
+@contextmanager
+def quick(model: nn.Module) -> Iterator[None]:
+    """Within, few rows are multiplied by the kernel: in `linear`, and in torch's own layers of this model.
+
+    For sampling alone: whoever scores, with a gradient or without, gets the same numbers from torch, to the last bit.
+    """
+    layers = [module for module in model.modules() if type(module) is nn.Linear and "forward" not in vars(module)]
+    for layer in layers:
+        layer.forward = partial(_forward, layer)  # type: ignore[method-assign]
+    within = _quick.set(True)
+    try:
+        yield
+    finally:
+        _quick.reset(within)
+        for layer in layers:
+            del layer.forward
+
+
+def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
+    return linear(x, layer.weight, layer.bias)
+
+
+@cache
+def kernel() -> Callable[..., None] | None:
+    """few_rows.c's function; None where it was not built, or this processor is none for it."""
+    for suffix in EXTENSION_SUFFIXES:
+        if (path := Path(__file__).with_name(f"_few_rows{suffix}")).is_file():
+            try:
+                # Its threads are those of torch, which has loaded OpenMP before it.
+                library = ctypes.CDLL(str(path))
+            except OSError:
+                return None
+            library.few_rows_suit.restype = ctypes.c_int
+            library.few_rows.restype = None
+            library.few_rows.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 3
+            multiply: Callable[..., None] = library.few_rows
+            return multiply if library.few_rows_suit() else None
+    return None

@@ -1,0 +1,154 @@
+"""The compiled product of few rows against float64, and where torch's own takes its place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextvars import Context
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+from dressage import few_rows
+
+built = pytest.mark.skipif(few_rows.kernel() is None, reason="few_rows.c was not built, or not for this processor")
+
+
+@pytest.fixture(autouse=True)
+def _sampling() -> Iterator[None]:
+    with torch.no_grad(), few_rows.quick(nn.Identity()):
+        yield
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Rows, width and outputs of every product that is not torch's."""
+    seen: list[tuple[int, ...]] = []
+
+    def noted(x: int, weight: int, bias: int, y: int, *sizes: int) -> None:
+        seen.append(sizes)
+        if (multiply := kernel()) is not None:
+            multiply(x, weight, bias, y, *sizes)
+
+    kernel = few_rows.kernel
+    monkeypatch.setattr(few_rows, "kernel", lambda: noted)
+    return seen
+
+
+def drawn(*sizes: int, seed: int = 0) -> Tensor:
+    return torch.randn(*sizes, generator=torch.Generator().manual_seed(seed))
+
+
+# Widths around the processor's eight, outputs around a tile of three and a block of 24, rows around a tile of four; the
+# last is large enough for several threads.
+@built
+@pytest.mark.parametrize("width", [1, 7, 8, 9, 24, 576])
+@pytest.mark.parametrize("outputs", [1, 2, 3, 4, 23, 24, 25, 100])
+def test_products_are_those_of_float64(width: int, outputs: int) -> None:
+    weight, bias = drawn(outputs, width), drawn(outputs, seed=1)
+    for rows in (1, 2, 3, 4, 5, 7, 63, 64):
+        x = drawn(rows, width, seed=2)
+        for added in (None, bias):
+            exact = F.linear(x.double(), weight.double(), None if added is None else added.double())
+            assert_close(few_rows.linear(x, weight, added).double(), exact, rtol=0, atol=1e-6 * width**0.5 * 4)
+
+
+@built
+def test_a_row_is_the_same_to_the_last_bit_whatever_stands_beside_it() -> None:
+    weight, x = drawn(1000, 300), drawn(64, 300, seed=1)
+    together = few_rows.linear(x, weight)
+    for rows in (1, 2, 3, 4, 5, 17, 63):
+        assert torch.equal(few_rows.linear(x[:rows], weight), together[:rows])
+        assert torch.equal(few_rows.linear(x[-rows:], weight), together[-rows:])
+
+
+@built
+def test_nothing_is_written_beside_the_result() -> None:
+    weight, x = drawn(50, 20), drawn(5, 20, seed=1)
+    multiply = few_rows.kernel()
+    assert multiply is not None
+    room = torch.full((5 * 50 + 64,), 7.0)
+    multiply(x.data_ptr(), weight.data_ptr(), 0, room[32:].data_ptr(), 5, 20, 50)
+    assert (room[:32] == 7.0).all() and (room[-32:] == 7.0).all()
+    assert_close(room[32:-32].view(5, 50), x @ weight.T, rtol=0, atol=1e-4)
+
+
+def test_it_takes_float32_rows_on_the_processor(calls: list[tuple[int, ...]]) -> None:
+    few_rows.linear(drawn(3, 2, 8), drawn(5, 8), drawn(5))
+    few_rows.linear(drawn(64, 8), drawn(5, 8))
+    few_rows.linear(drawn(8, 4).T, drawn(5, 8))  # rows that do not lie one after the other are copied
+    assert calls == [(6, 8, 5), (64, 8, 5), (4, 8, 5)]
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "bias"),
+    [
+        (drawn(65, 8), drawn(5, 8), None),
+        (drawn(2, 8).double(), drawn(5, 8).double(), None),
+        (drawn(2, 8).bfloat16(), drawn(5, 8).bfloat16(), None),
+        (drawn(2, 8), drawn(8, 5).T, None),
+        (drawn(2, 8), drawn(5, 8), drawn(10)[::2]),
+    ],
+    ids=["many rows", "float64", "bfloat16", "a weight as GPT-2 keeps it", "a bias with gaps"],
+)
+def test_torch_does_the_rest(x: Tensor, weight: Tensor, bias: Tensor | None, calls: list[tuple[int, ...]]) -> None:
+    assert torch.equal(few_rows.linear(x, weight, bias), F.linear(x, weight, bias))
+    assert calls == []
+
+
+def test_gradients_are_torchs(calls: list[tuple[int, ...]]) -> None:
+    weight = drawn(5, 8).requires_grad_()
+    with torch.enable_grad():
+        few_rows.linear(drawn(2, 8), weight).sum().backward()
+    assert calls == [] and weight.grad is not None
+
+
+def test_layers_are_quick_only_within(calls: list[tuple[int, ...]]) -> None:
+    class Other(nn.Linear):
+        """Might compute anything."""
+
+    model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), Other(6, 4), nn.Linear(4, 3, bias=False))
+    x = drawn(2, 8)
+    usual = model(x)
+    with pytest.raises(ZeroDivisionError), few_rows.quick(model):
+        model(x)
+        with few_rows.quick(model):
+            model(x)
+        model(x)
+        raise ZeroDivisionError
+    assert calls == 3 * [(2, 8, 6), (2, 4, 3)]
+    assert torch.equal(model(x), usual) and len(calls) == 6
+
+
+def test_elsewhere_all_is_torchs(calls: list[tuple[int, ...]]) -> None:
+    """In a context of its own, as another thread has, nobody is sampling."""
+    x, weight = drawn(2, 8), drawn(5, 8)
+    assert torch.equal(Context().run(few_rows.linear, x, weight), F.linear(x, weight))
+    assert calls == []
+
+
+@built
+def test_layers_compute_what_they_did() -> None:
+    model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4))
+    x = drawn(2, 8)
+    usual = model(x)
+    with few_rows.quick(model):
+        assert_close(model(x), usual, rtol=0, atol=1e-6)
+
+
+def test_without_it_all_is_torchs(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    """As where no compiler was found, and where the file is none that can be loaded."""
+    x, weight = drawn(2, 8), drawn(5, 8)
+    for content in (None, b"not a library"):
+        few_rows.kernel.cache_clear()
+        monkeypatch.setattr(few_rows, "__file__", str(tmp_path / "few_rows.py"))
+        if content is not None:
+            (tmp_path / f"_few_rows{few_rows.EXTENSION_SUFFIXES[0]}").write_bytes(content)
+        try:
+            assert few_rows.kernel() is None
+            assert torch.equal(few_rows.linear(x, weight), F.linear(x, weight))
+        finally:
+            few_rows.kernel.cache_clear()
