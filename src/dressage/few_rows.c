@@ -1,7 +1,7 @@
 /* Few rows times a matrix, y = x W' + b in float32: what decoding does with every weight for every token.
 
-   BLAS copies a matrix into an order of its own before it multiplies. With few rows that takes as long as the products;
-   here the weight is read once, as it lies. A row's numbers are added up in the same order whatever rows stand beside
+   BLAS puts a matrix into an order of its own before it multiplies, which pays with many rows only; here the weight is
+   read once, as it lies. A row's numbers are added up in the same order whatever rows stand beside
    it, so they are the same to the last bit. few_rows.py says when it is used. */
 
 #include <stdint.h>
@@ -85,7 +85,7 @@ void few_rows(const float *x, const float *w, const float *b, float *y, int64_t 
     }
 }
 
-/* Is this a processor it was measured to be quicker on? With 512 bits at once BLAS does better, or nobody has looked. */
+/* Is this a processor of the kind that it was measured on? With 512 bits at once nobody has looked. */
 int few_rows_suit(void) {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && !__builtin_cpu_supports("avx512f");
 }

@@ -29,6 +29,7 @@ CONFIGS: dict[str, Any] = {
     "mistral, window of 4": transformers.MistralConfig(**GATED, sliding_window=4),
     "gemma2, windows and a cap": transformers.Gemma2Config(**GATED, head_dim=8, sliding_window=4),
     "bloom": transformers.BloomConfig(**SMALL, hidden_size=32, n_layer=3, n_head=4),
+    "mpt": transformers.MptConfig(**SMALL, d_model=32, n_layers=3, n_heads=4, max_seq_len=64),
     "bert": transformers.BertConfig(**WIDE, intermediate_size=64),
 }
 TREES = {"llama", "qwen2", "qwen3", "gpt2", "opt", "mistral"}

@@ -39,9 +39,15 @@ CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
     "gpt2": (transformers.GPT2Config, SMALL | {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
     "opt": (transformers.OPTConfig, WIDE | {"ffn_dim": 64, "max_position_embeddings": 64, "word_embed_proj_dim": 32}),
     "bloom": (transformers.BloomConfig, SMALL | {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    "mpt": (transformers.MptConfig, SMALL | {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}),
     "mistral, window of 4": (transformers.MistralConfig, GATED | {"sliding_window": 4}),
+    "gptj": (
+        transformers.GPTJConfig,
+        SMALL | {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 4},
+    ),
 }
-IN_PLACE = {"llama", "qwen2", "qwen3", "gpt2", "opt"}
+WAYS = {"bloom": "plain", "mistral, window of 4": "plain", "mpt": "in place", "gptj": "in place"}
+"""What is not read as a tree: the last two have an attention of their own."""
 
 
 def model_of(name: str, **changes: Any) -> Any:
@@ -110,7 +116,7 @@ def test_greedy_is_what_generate_does(name: str) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_fast_path_is_taken_where_it_is_right(name: str) -> None:
-    assert engine_of(model_of(name)).way == ("as a tree" if name in IN_PLACE else "plain")
+    assert engine_of(model_of(name)).way == WAYS.get(name, "as a tree")
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -119,14 +125,13 @@ def test_logprobs_are_those_of_a_plain_forward_pass(name: str, temperature: floa
     model = model_of(name)
     sampling = Sampling(max_new_tokens=20, temperature=temperature, seed=4)
     engine = engine_of(model, 3, 4, 5)
-    assert (engine.way != "plain") == (name in IN_PLACE)
     for prompt, answer in zip(PROMPTS, engine.generate(PROMPTS, sampling), strict=True):
         scores = continued(model, prompt, answer, temperature)
         expected = scores.gather(-1, torch.tensor(answer.tokens)[:, None]).squeeze(-1)
         assert_close(torch.tensor(answer.logprobs), expected.float(), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral, window of 4"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gptj", "mistral, window of 4"])
 def test_batch_and_order_change_no_sample(name: str) -> None:
     """In float64, so that rounding, which does depend on the batch, turns no draw."""
     model = model_of(name).double()
@@ -210,7 +215,7 @@ def test_a_stop_token_is_the_last_and_is_included() -> None:
     assert {answer.finish for answer in answers} == {"stop", "length"}
 
 
-@pytest.mark.parametrize("name", ["llama", "bloom"])
+@pytest.mark.parametrize("name", ["llama", "gptj", "bloom"])
 def test_finished_answers_leave_the_batch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(name)
     engine = engine_of(model, *range(3, 20))
@@ -236,7 +241,7 @@ def shapes_of_passes(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[
     return shapes
 
 
-@pytest.mark.parametrize(("name", "at_once"), [("llama", True), ("bloom", False)])
+@pytest.mark.parametrize(("name", "at_once"), [("llama", True), ("gptj", True), ("bloom", False)])
 def test_waiting_answers_enter_where_others_have_left(
     name: str, at_once: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

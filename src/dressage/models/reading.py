@@ -195,7 +195,7 @@ def new_trunk(backbone: Backbone, adapter: str | None, room: int) -> Trunk | Non
             plain = read(backbone, tree).float()
             backbone.trunk = Trunk(depth, 0)
             ours = read(backbone, tree).float()
-    except (ValueError, RuntimeError, TypeError, IndexError):
+    except Exception:  # whatever a model stumbles over, its answer is no
         return None
     finally:
         backbone.trunk = usual
@@ -223,7 +223,7 @@ def _reads_trees(backbone: Backbone) -> bool:
     try:
         tree = tree_of(tokens, real)
         ours = F.embedding(tree.place, read(backbone, tree)).float()
-    except (NotImplementedError, ValueError, RuntimeError, TypeError, IndexError):
+    except Exception:  # whatever a model stumbles over, its answer is no
         return False
     return _alike(plain[real], ours[real], backbone)
 

@@ -308,7 +308,7 @@ def best_way(model: PreTrainedModel) -> Way:
     for way in quicker:
         try:
             found = logits_after_one_token(way)
-        except (NotImplementedError, ValueError, RuntimeError, TypeError, IndexError):
+        except Exception:  # whatever a model stumbles over, its answer is no
             continue
         if torch.allclose(plain, found, rtol=0.0, atol=0.01 * float(plain.abs().max())):
             return way
