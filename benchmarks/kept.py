@@ -1,4 +1,4 @@
-"""What a learning pass really takes of memory for each token, with free memory given back inside it and without.
+"""What a learning pass really takes of memory for each token, where arena.c puts tensors and where the C library does.
 
     python benchmarks/kept.py [--layers N]
 
@@ -15,12 +15,11 @@ import json
 import statistics
 import subprocess
 import sys
-from contextlib import nullcontext
 
 TEXTS, LENGTH = (2, 4, 8, 16), 80
 
 
-def measure(texts: int, given_back: bool, layers: int | None) -> float:
+def measure(texts: int, arena: bool, layers: int | None) -> float:
     """Gigabytes that this process takes above those of the loaded model."""
     import torch
 
@@ -28,25 +27,27 @@ def measure(texts: int, given_back: bool, layers: int | None) -> float:
     from dressage.models.files import load_backbone
     from dressage.models.roles import Role
     from dressage.models.scoring import score_tokens
-    from dressage.monitor.memory import keep_freed_memory, rss_gb
+    from dressage.monitor import memory
     from dressage.settings import ModelConfig
-    from dressage.training.update import giving_back
 
     torch.set_num_threads(1)
-    keep_freed_memory()
+    if not arena:
+        memory.use_arena = lambda: None
+    memory.keep_freed_memory()
+    if memory.has_arena() != arena:
+        raise SystemExit("arena.c was not built, or cannot be used here")
     backbone = load_backbone(ModelConfig(name="packaged", dtype="float32"))
     backbone.add_adapter("policy", LoraConfig(rank=16, alpha=32, layers=layers))
-    role, before = Role(backbone, "policy"), rss_gb()
+    role, before = Role(backbone, "policy"), memory.rss_gb()
     tokens = torch.randint(10, 40_000, (texts, LENGTH), generator=torch.Generator().manual_seed(0))
     real = torch.ones_like(tokens, dtype=torch.bool)
     wanted = real & (torch.arange(LENGTH) >= LENGTH // 2)
     taken = []
-    with giving_back([backbone]) if given_back else nullcontext():
-        for _ in range(4):
-            scores = score_tokens(role, tokens, real, wanted, entropy=True)
-            taken.append(rss_gb() - before)  # the most is between the two halves
-            scores.logprobs.sum().backward()
-            del scores
+    for _ in range(4):
+        scores = score_tokens(role, tokens, real, wanted, entropy=True)
+        taken.append(memory.rss_gb() - before)  # the most is between the two halves
+        scores.logprobs.sum().backward()
+        del scores
     return max(taken[1:])
 
 
@@ -59,25 +60,26 @@ def main() -> None:
         print(measure(*given.one, given.layers))
         return
     from dressage.config import LoraConfig
+    from dressage.monitor import memory
     from dressage.settings import ModelConfig
     from dressage.training.cost import KEPT, Reader, shape_of
 
     reader = Reader(
         shape_of(ModelConfig(name="packaged", dtype="float32")), LoraConfig(rank=16, alpha=32, layers=given.layers)
     )
-    for given_back in (False, True):
+    for arena in (False, True):
         taken = []
         for texts in TEXTS:
-            command = [sys.executable, __file__, "--one", json.dumps([texts, given_back])]
+            command = [sys.executable, __file__, "--one", json.dumps([texts, arena])]
             command += [] if given.layers is None else ["--layers", str(given.layers)]
             ran = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
             taken.append(float(ran.stdout.split()[-1]))
         slope = statistics.linear_regression([texts * LENGTH for texts in TEXTS], taken).slope * 1e9
-        each = reader.kept_bytes(given_back) / KEPT[given_back]
+        each = reader.kept_bytes / KEPT[memory.has_arena()]
         told = ", ".join(f"{texts * LENGTH}: {gb:.2f}" for texts, gb in zip(TEXTS, taken, strict=True))
         print(
-            f"{'given back' if given_back else 'kept':10}  {told} GB; {slope / 1e6:.2f} MB a token,"
-            f" {slope / each:.2f} x what is kept (KEPT: {KEPT[given_back]})"
+            f"{'arena.c' if arena else 'C library':9}  {told} GB; {slope / 1e6:.2f} MB a token,"
+            f" {slope / each:.2f} x what is kept (KEPT: {KEPT[arena]})"
         )
 
 

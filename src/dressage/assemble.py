@@ -285,7 +285,6 @@ def build_learner(
         optimizer=Optimizer(groups, optimizer),
         rates=rates,
         micro_batch_tokens=_within_memory(config, policy, value, others),
-        thrifty=config.training.memory_gb is not None,
         temperature=config.rollout.temperature if isinstance(config, PpoConfig) else 1.0,
         max_length=config.rollout.max_new_tokens if isinstance(config, PpoConfig) else 1,
     )

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache, partial
-from importlib.machinery import EXTENSION_SUFFIXES
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from dressage.compiled import library
 
 MOST = 64
 """Rows; with more of them, BLAS is as quick."""
@@ -68,16 +68,11 @@ def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
 @cache
 def kernel() -> Callable[..., None] | None:
     """few_rows.c's function; None where it was not built, or this processor is none for it."""
-    for suffix in EXTENSION_SUFFIXES:
-        if (path := Path(__file__).with_name(f"_few_rows{suffix}")).is_file():
-            try:
-                # Its threads are those of torch, which has loaded OpenMP before it.
-                library = ctypes.CDLL(str(path))
-            except OSError:
-                return None
-            library.few_rows_suit.restype = ctypes.c_int
-            library.few_rows.restype = None
-            library.few_rows.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 3
-            multiply: Callable[..., None] = library.few_rows
-            return multiply if library.few_rows_suit() else None
-    return None
+    # Its threads are those of torch, which has loaded OpenMP before it.
+    if (built := library("few_rows")) is None:
+        return None
+    built.few_rows_suit.restype = ctypes.c_int
+    built.few_rows.restype = None
+    built.few_rows.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 3
+    multiply: Callable[..., None] = built.few_rows
+    return multiply if built.few_rows_suit() else None

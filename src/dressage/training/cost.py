@@ -29,12 +29,13 @@ from dressage.errors import ConfigError
 from dressage.models.backbone import Backbone
 from dressage.models.lora import is_gated
 from dressage.models.pretrained import compute_dtype, model_class, model_shape
+from dressage.monitor.memory import has_arena
 from dressage.settings import ModelConfig
 
 PROCESS_BYTES = 0.48e9
-KEPT = {True: 1.4, False: 2.0}
-"""By whether free memory is given back inside the forward pass (`giving_back`), as it is under training.memory_gb; what
-is free in between is too scattered to be used again. Measured by benchmarks/kept.py."""
+KEPT = {True: 1.15, False: 2.0}
+"""By whether torch's tensors lie in arena.c; what the C library keeps in between is too scattered to be used again.
+Measured by benchmarks/kept.py."""
 LOGITS, CHUNK = 3, 128
 LEAST = 64
 """Tokens of the smallest micro-batch that a budget of memory is cut into, and of its steps."""
@@ -97,10 +98,11 @@ class Reader:
         """Operations a token, forward and backward."""
         return self.forward + (4.0 if self.lora is None else 2.0) * self.learnt * self.shape.layer_weights
 
-    def kept_bytes(self, given_back: bool) -> float:
+    @property
+    def kept_bytes(self) -> float:
         """Of a padded token, for the backward pass."""
         kept = self.shape.layer_ends - (0 if self.lora is None else self.shape.spared)
-        return KEPT[given_back] * self.learnt * kept * self.shape.bytes_each
+        return KEPT[has_arena()] * self.learnt * kept * self.shape.bytes_each
 
 
 def memory_of(shape: Shape, frozen: int, learning: int, working: float) -> float:
@@ -117,7 +119,7 @@ def within(training: TrainingConfig, shape: Shape, frozen: int, learners: Sequen
     if training.memory_gb is None:
         return training
     fixed = memory_of(shape, frozen, sum(one.learning for one in learners), 0.0)
-    each = max(one.kept_bytes(True) for one in learners)
+    each = max(one.kept_bytes for one in learners)
     tokens = int((training.memory_gb * 1e9 - fixed) / each) // LEAST * LEAST
     if tokens < LEAST:
         raise ConfigError(

@@ -135,7 +135,7 @@ class Foresight:
             f" {_lengths(train)}{_if_known(known)}",
             "work": f"{steps} steps of {training.batch_size} rows, each one update, in {_pieces(cut)}"
             f" of at most {most} padded tokens; {padded:.0f} tokens a step",
-            **self._taken(shape, flops, [reader], micro_batch=most, given_back=config.training.memory_gb is not None),
+            **self._taken(shape, flops, [reader], micro_batch=most),
         }
 
     def _ppo(self, config: PpoConfig) -> Said:
@@ -229,7 +229,6 @@ class Foresight:
                 merged=merged,
                 copies=copies,
                 others=others,
-                given_back=training.memory_gb is not None,
             ),
         }
 
@@ -275,17 +274,16 @@ class Foresight:
         cached: int = 0,
         merged: int = 0,
         copies: int = 1,
-        given_back: bool = False,
         others: Sequence[Shape] = (),
     ) -> Said:
         """Memory and time in words, remembered for the sum.
 
         `cached`: tokens whose keys and values are kept; `merged`: weights copied for the time of sampling; `others`:
-        models in memory beside the `copies` of this one; `given_back` as in cost.KEPT.
+        models in memory beside the `copies` of this one.
         """
         learning = sum(learner.learning for learner in learners)
         frozen = frozen_weights(shape, copies, others, learners)
-        activations = micro_batch * max((learner.kept_bytes(given_back) for learner in learners), default=0.0)
+        activations = micro_batch * max((learner.kept_bytes for learner in learners), default=0.0)
         sampling = (cached * shape.depth * shape.cached + merged) * shape.bytes_each
         memory = memory_of(shape, frozen, learning, max(activations, sampling))
         speed = product_speed(torch.bfloat16 if shape.bytes_each == 2 else torch.float32)

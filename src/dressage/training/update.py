@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,11 +36,9 @@ from dressage.batches import (
     trimmed,
 )
 from dressage.data.order import length_sorted_chunks
-from dressage.models.backbone import Backbone
 from dressage.models.reading import reads_trees
 from dressage.models.roles import Role
 from dressage.models.scoring import score_sequences, score_tokens, score_values
-from dressage.monitor.memory import give_back_memory
 from dressage.training.optimizer import Optimizer
 from dressage.training.trust_region import bounded_step
 
@@ -69,8 +65,6 @@ class Learner:
     temperature: float = 1.0
     max_length: int = 1
     """Longest answer the engine was allowed, in tokens."""
-    thrifty: bool = False
-    """Give free memory back inside the forward pass: less is taken, for a little time."""
     updates: int = 0
     """Optimizer steps so far."""
     first: dict[str, Tensor] = field(init=False)
@@ -86,8 +80,7 @@ class Learner:
 
     def update(self, batches: Sequence[AnyBatch]) -> Sums:
         """Learns from these batches in one step; or, STOPPED being 1, not: the policy has gone too far already."""
-        thrifty = (self.policy, self.value) if self.thrifty else ()
-        with self.policy.backbone.dropout(), giving_back([role.backbone for role in thrifty if role is not None]):
+        with self.policy.backbone.dropout():
             sums = _added(piece for batch in batches for piece in self._learn(batch))
         rates = self.rates(self.updates)
         sums["learning_rate"] = next(iter(rates.values()), 0.0)
@@ -266,28 +259,6 @@ class Learner:
             yield trimmed(to_device(select(batch, rows), self.policy.backbone.device))
 
 
-@contextmanager
-def giving_back(backbones: Sequence[Backbone]) -> Iterator[None]:
-    """Within, forward passes that will be learnt from hand what is free back to the system, every few layers.
-
-    The C library would keep it for later, but small things that stay lie scattered in it, and the next layer's large
-    ones find no room (benchmarks/kept.py).
-    """
-
-    def give(*_: Any) -> None:
-        if torch.is_grad_enabled():
-            give_back_memory()
-
-    hooks = [layer.register_forward_pre_hook(give) for one in backbones for layer in one.layers[::BETWEEN]]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-BETWEEN = 6
-"""Layers from one time that memory is given back to the next."""
 CHOSEN, REJECTED = "logprobs/chosen", "logprobs/rejected"
 WORST = "ratio/first_max_error"
 STOPPED = "stopped"
