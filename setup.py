@@ -7,7 +7,8 @@ setup(
         Extension("dressage._arena", ["src/dressage/arena.c"], extra_compile_args=["-O2"], optional=True),
         Extension(
             "dressage._few_rows",
-            ["src/dressage/few_rows.c"],
+            ["src/dressage/few_rows.c", "src/dressage/next_token.c"],
+            depends=["src/dressage/few_rows.h"],
             # Not linked with OpenMP: its functions are found in the one that torch brings.
             extra_compile_args=["-O3", "-fopenmp"],
             optional=True,

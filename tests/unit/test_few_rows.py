@@ -48,7 +48,7 @@ def drawn(*sizes: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("outputs", [1, 2, 3, 4, 23, 24, 25, 100])
 def test_products_are_those_of_float64(width: int, outputs: int) -> None:
     weight, bias = drawn(outputs, width), drawn(outputs, seed=1)
-    for rows in (1, 2, 3, 4, 5, 7, 63, 64):
+    for rows in (1, 2, 3, 4, 5, 7, 127, 128):
         x = drawn(rows, width, seed=2)
         for added in (None, bias):
             exact = F.linear(x.double(), weight.double(), None if added is None else added.double())
@@ -57,9 +57,9 @@ def test_products_are_those_of_float64(width: int, outputs: int) -> None:
 
 @built
 def test_a_row_is_the_same_to_the_last_bit_whatever_stands_beside_it() -> None:
-    weight, x = drawn(1000, 300), drawn(64, 300, seed=1)
+    weight, x = drawn(1000, 300), drawn(128, 300, seed=1)
     together = few_rows.linear(x, weight)
-    for rows in (1, 2, 3, 4, 5, 17, 63):
+    for rows in (1, 2, 3, 4, 5, 17, 127):
         assert torch.equal(few_rows.linear(x[:rows], weight), together[:rows])
         assert torch.equal(few_rows.linear(x[-rows:], weight), together[-rows:])
 
@@ -77,15 +77,15 @@ def test_nothing_is_written_beside_the_result() -> None:
 
 def test_it_takes_float32_rows_on_the_processor(calls: list[tuple[int, ...]]) -> None:
     few_rows.linear(drawn(3, 2, 8), drawn(5, 8), drawn(5))
-    few_rows.linear(drawn(64, 8), drawn(5, 8))
+    few_rows.linear(drawn(128, 8), drawn(5, 8))
     few_rows.linear(drawn(8, 4).T, drawn(5, 8))  # rows that do not lie one after the other are copied
-    assert calls == [(6, 8, 5), (64, 8, 5), (4, 8, 5)]
+    assert calls == [(6, 8, 5), (128, 8, 5), (4, 8, 5)]
 
 
 @pytest.mark.parametrize(
     ("x", "weight", "bias"),
     [
-        (drawn(65, 8), drawn(5, 8), None),
+        (drawn(129, 8), drawn(5, 8), None),
         (drawn(2, 8).double(), drawn(5, 8).double(), None),
         (drawn(2, 8).bfloat16(), drawn(5, 8).bfloat16(), None),
         (drawn(2, 8), drawn(8, 5).T, None),

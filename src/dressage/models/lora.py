@@ -75,6 +75,22 @@ class LoraLinear(nn.Module):
         return self.weight.T if self.transposed else self.weight
 
 
+def addends_of(layer: nn.Module) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, float] | None:
+    """Of a linear layer as it computes now, without dropout: y = x W' + b + scale x down' up', or only x W' + b.
+
+    None of a layer that computes something else, or keeps its weight the other way round.
+    """
+    base = layer.base if isinstance(layer, LoraLinear) else layer
+    if type(base) is not nn.Linear:
+        return None
+    if not isinstance(layer, LoraLinear) or layer.active is None or layer.active not in layer.down:
+        return base.weight, base.bias, None, None, 0.0
+    name = layer.active
+    if layer.merged is not None and layer.merged[0] == name:
+        return layer.merged[1], base.bias, None, None, 0.0
+    return base.weight, base.bias, layer.down[name], layer.up[name], layer.scale[name]
+
+
 class _Adapted(torch.autograd.Function):
     """x W' + b + scale x down' up', added up in place: only x is kept, and no sum of this size is made twice."""
 
@@ -137,7 +153,7 @@ def keep_halves(layer: nn.Module) -> None:
     """
     if "forward" in vars(layer) or not is_gated(layer, LoraLinear):
         return
-    frugal = partial(_gated, layer)
+    frugal = partial(forward_of_gated, layer)
     weight = next(layer.parameters())
     width = layer.gate_proj.frozen_weight().shape[1]  # type: ignore[operator, union-attr]
     x = torch.linspace(-1, 1, 2 * width, dtype=weight.dtype, device=weight.device).view(2, width)
@@ -151,7 +167,8 @@ def keep_all(layer: nn.Module) -> None:
     vars(layer).pop("forward", None)
 
 
-def _gated(layer: Any, x: Tensor) -> Tensor:
+def forward_of_gated(layer: Any, x: Tensor) -> Tensor:
+    """down(act(gate(x)) * up(x)) [..., width], which keeps what `keep_halves` says."""
     gate, up, down = layer.gate_proj(x), layer.up_proj(x), layer.down_proj
     if torch.is_grad_enabled() and (name := down.learning) is not None:
         made: Tensor = _Gated.apply(layer.act_fn, gate, up, *down.addends(name))  # type: ignore[no-untyped-call]

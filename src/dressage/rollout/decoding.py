@@ -17,10 +17,13 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 
 from dressage.batches import Ints, Mask
 from dressage.models.reading import attending, only_what_we_do, reading, tree_of
+from dressage.rollout.next_token import NextToken
 from dressage.tensors import position_ids
 
-Way = Literal["plain", "in place", "as a tree"]
+Way = Literal["plain", "in place", "as a tree", "compiled"]
 """How much of a model's usual road is left: see `Decoding`."""
+AHEAD = 32
+"""Columns of the cache that are cleaned beyond what is needed now."""
 ATTENTION = "dressage_next_token"
 """What transformers calls our attention while one token follows the other."""
 
@@ -33,6 +36,7 @@ class Decoding:
     take its place at any step.
     "as a tree": in place; besides, prompts are read without padding and what they begin with once (`Tree`), and keys
     that several heads share are not copied for each.
+    "compiled": as a tree; besides, a token of every answer is one call (`NextToken`).
     Which columns count is known from the lengths, never looked up in the tokens.
     """
 
@@ -52,7 +56,8 @@ class Decoding:
         accepted = inspect.signature(model.forward).parameters
         self.extra: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self.takes_positions = "position_ids" in accepted
-        self.pad_token, self.in_place, self.as_tree = pad_token, way != "plain", way == "as a tree"
+        self.pad_token, self.in_place, self.as_tree = pad_token, way != "plain", way in ("as a tree", "compiled")
+        self.next_token = NextToken.of(model) if way == "compiled" else None
         self.waiting = deque(map(tuple, prompts))
         self.rows = min(rows, len(prompts))
         self.capacity = max(map(len, prompts)) + room
@@ -86,6 +91,9 @@ class Decoding:
             slots = torch.arange(len(tokens), device=tokens.device)
             for layer in self.layers:
                 layer.end_at(slots, self.lengths, columns)
+            if self.next_token and (logits := self.next_token(tokens, self.lengths, self.layers)) is not None:
+                self.logits, self.lengths = logits, self.lengths + 1
+                return
             seen = torch.arange(columns, device=tokens.device) <= self.lengths[:, None]
             mask = additive(seen, self.model.dtype)
         else:
@@ -232,6 +240,7 @@ class PreallocatedLayer(CacheLayerMixin):
 
     def _reach(self, columns: int) -> None:
         if columns > self.clean:
+            columns += AHEAD
             self.keys[:, :, self.clean : columns] = 0
             self.values[:, :, self.clean : columns] = 0
             self.clean = columns
@@ -304,12 +313,14 @@ def best_way(model: PreTrainedModel) -> Way:
         return batch.logits.float()
 
     plain = logits_after_one_token("plain")
-    quicker: tuple[Way, ...] = ("as a tree", "in place")
-    for way in quicker:
+    quicker: dict[Way, float] = {"compiled": 1e-4, "as a tree": 0.01, "in place": 0.01}
+    for way, exact in quicker.items():
+        if way == "compiled" and NextToken.of(model) is None:
+            continue
         try:
             found = logits_after_one_token(way)
         except Exception:  # whatever a model stumbles over, its answer is no
             continue
-        if torch.allclose(plain, found, rtol=0.0, atol=0.01 * float(plain.abs().max())):
+        if torch.allclose(plain, found, rtol=0.0, atol=exact * float(plain.abs().max())):
             return way
     return "plain"
