@@ -1,4 +1,4 @@
-"""One step of decoding SmolLM2-135M, taken apart: its products and its attention, as torch does them and as we do.
+"""One step of decoding SmolLM2-135M, whole and taken apart: its products and its attention, as torch does and as we do.
 
     python benchmarks/decoding.py [--threads 2]
 
@@ -11,12 +11,16 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from dressage import few_rows
+from dressage.rollout.decoding import Decoding, Way, best_way
 
 LAYERS, WIDTH, INNER, VOCABULARY, HEADS, KV_HEADS, DIM = 30, 576, 1536, 49_152, 9, 3, 64
 SHAPES = (*[(WIDTH, WIDTH)] * 2, *[(KV_HEADS * DIM, WIDTH)] * 2, *[(INNER, WIDTH)] * 2, (WIDTH, INNER))
@@ -57,6 +61,21 @@ def attention(rows: int, tokens: int) -> str:
     )
 
 
+def steps(model: LlamaForCausalLM, rows: int, tokens: int) -> str:
+    """Each way goes on with answers of its own: the first step of a way has so many tokens before it."""
+    prompts = [torch.randint(10, 40_000, (tokens,)).tolist() for _ in range(rows)]
+    chosen = torch.randint(10, 40_000, (rows,))
+    ways: dict[str, Callable[[], object]] = {}
+    names: dict[str, Way] = {"transformers' cache": "plain", "as a tree": "as a tree", "next_token.c": "compiled"}
+    for name, way in names.items():
+        if way == "compiled" and best_way(model) != way:
+            continue
+        batch = Decoding(model, prompts, rows=rows, room=16, pad_token=0, way=way)
+        batch.fill()
+        ways[name] = partial(batch.advance, chosen)
+    return milliseconds(ways)
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--threads", type=int, help="else torch's own number")
@@ -68,6 +87,15 @@ def main() -> None:
             print(f"all products, {rows} rows: {products(rows, weights)} ms", flush=True)
         for rows, tokens in ((1, 512), (16, 112), (16, 512), (64, 112), (64, 512)):
             print(f"one layer's attention, {rows} answers of {tokens} tokens: {attention(rows, tokens)} ms", flush=True)
+    del weights
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=INNER, num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    with torch.inference_mode(), few_rows.quick(model):
+        for rows in (1, 4, 16, 32, 64, few_rows.MOST):
+            print(f"a whole step, {rows} answers of 80 tokens: {steps(model, rows, 80)} ms", flush=True)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from dressage.config import LoraConfig
 from dressage.models.files import load_backbone
 from dressage.models.pretrained import best_device, compute_dtype, packaged_folder
 from dressage.models.roles import Role
+from dressage.monitor.memory import keep_freed_memory
 from dressage.pipeline import versions
 from dressage.schema import Prompt, Sampling
 from dressage.settings import ModelConfig
@@ -60,6 +61,7 @@ def generate(pad_token: int) -> Sampler:
 
 
 def main() -> None:
+    keep_freed_memory()  # as the command does; `generate` has the good of it too
     asked = json.loads(sys.argv[1])
     config, most = ModelConfig(), max(asked["batches"])
     template = assemble.build_template(config)

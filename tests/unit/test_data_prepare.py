@@ -335,6 +335,10 @@ def test_chunks_by_hand() -> None:
     assert length_sorted_chunks([3, 9, 4, 8, 3, 20], 18) == [[5], [1, 3], [2, 0, 4]]
     assert length_sorted_chunks([3, 9, 4, 8], 18, group=["a", "b", "b", "a"]) == [[1, 2], [0, 3]]
     assert length_sorted_chunks([], 10) == []
+    # Two are enough, and 4 + 4 takes less memory than 7 + 1.
+    assert length_sorted_chunks([10] * 8, 79) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    # 10 + 9 and the three others: 20 and 15; with room for 25 the first three would be 30, so two is the fewest.
+    assert length_sorted_chunks([5, 9, 5, 10, 5], 29) == [[3, 1], [0, 2, 4]]
 
 
 def test_chunks_lose_little() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from bisect import bisect_left
 from collections.abc import Hashable, Sequence
 from functools import lru_cache
 
@@ -35,9 +36,10 @@ def length_sorted_chunks(
 ) -> list[list[int]]:
     """Cut a batch into micro-batches of at most `max_tokens` padded tokens (rows x longest), the longest rows first.
 
-    Rows of one `group` stay together, in their order. A row or group that is over the budget by itself is a micro-batch
-    by itself. Rows that are equal in `beside` follow each other, and are cut apart where the budget ends. Returns row
-    indices; every row is in exactly one list.
+    No more of them than that takes, and as even as so many can be: the largest is what memory has to hold. Rows of one
+    `group` stay together, in their order. A row or group that is over the budget by itself is a micro-batch by itself.
+    Rows that are equal in `beside` follow each other, and are cut apart where the budget ends, however uneven that is.
+    Returns row indices; every row is in exactly one list.
     """
     together: dict[Hashable, list[int]] = {}
     for row, _ in enumerate(lengths):
@@ -49,13 +51,21 @@ def length_sorted_chunks(
         for _, rows in units:
             place.setdefault(beside[rows[0]], len(place))
         units.sort(key=lambda unit: place[beside[unit[1][0]]])
-    chunks: list[list[int]] = []
-    longest = 0
-    for length, rows in units:
-        if chunks and max(longest, length) * (len(chunks[-1]) + len(rows)) <= max_tokens:
-            chunks[-1] += rows
-            longest = max(longest, length)
-        else:
-            chunks.append(list(rows))
-            longest = length
-    return chunks
+
+    def cut(budget: int) -> list[list[int]]:
+        chunks: list[list[int]] = []
+        longest = 0
+        for length, rows in units:
+            if chunks and max(longest, length) * (len(chunks[-1]) + len(rows)) <= budget:
+                chunks[-1] += rows
+                longest = max(longest, length)
+            else:
+                chunks.append(list(rows))
+                longest = length
+        return chunks
+
+    chunks = cut(max_tokens)
+    if beside is not None and len(set(beside)) < len(beside):
+        return chunks  # evener ones would part more of what is to stay together
+    fewest = len(chunks)
+    return cut(bisect_left(range(max_tokens), True, key=lambda budget: len(cut(budget)) <= fewest))
