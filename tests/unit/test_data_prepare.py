@@ -337,8 +337,8 @@ def test_chunks_by_hand() -> None:
     assert length_sorted_chunks([], 10) == []
     # Two are enough, and 4 + 4 takes less memory than 7 + 1.
     assert length_sorted_chunks([10] * 8, 79) == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    # 10 + 9 and the three others: 20 and 15; with room for 25 the first three would be 30, so two is the fewest.
-    assert length_sorted_chunks([5, 9, 5, 10, 5], 29) == [[3, 1], [0, 2, 4]]
+    # With room for one more in the first it would be 30 and 10; so it is 20 and 15.
+    assert length_sorted_chunks([5, 9, 5, 10, 5], 39) == [[3, 1], [0, 2, 4]]
 
 
 def test_chunks_lose_little() -> None:
