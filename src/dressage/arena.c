@@ -10,7 +10,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 
-#if defined(__linux__) && defined(__x86_64__)
+#if defined(__linux__) && defined(__x86_64__) && defined(__GLIBC__)
 
 #include <link.h>
 #include <pthread.h>
@@ -45,9 +45,11 @@ static void drop(uint32_t number) {
     if (number != --count) name(number, holes[count].at, holes[count].pages);
 }
 
-/* Pages for so many bytes, the lowest of the smallest holes that have them, or new ones behind all; NULL if none are. */
+/* Pages for so many bytes, the lowest of the smallest holes that have them, or new ones behind all. NULL where none are,
+   and for more than the machine has: the system then says no at once, which is better than at the first touch. */
 static void *take(size_t bytes) {
-    const size_t pages = (bytes + PAGE - 1) / PAGE;
+    const size_t pages = bytes / PAGE + (bytes % PAGE != 0);
+    if (pages > room / 2) return NULL;
     Hole best = {0, UINT32_MAX};
     uint32_t number = 0;
     for (uint32_t i = 0; i < count; i++) {
@@ -147,8 +149,11 @@ static void look(Found *found, ElfW(Addr) at, const ElfW(Rela) *rela, size_t byt
             found->odd = 1;
             continue;
         }
+        void **entry = (void **)(at + rela->r_offset);
+        /* Somebody was here before: a profiler, or another copy of this. */
+        if (*entry != (memalign ? (void *)posix_memalign : (void *)free)) found->odd = 1;
         found->patches[found->memaligns + found->frees] =
-            (Patch){(void **)(at + rela->r_offset), memalign ? (void *)arena_memalign : (void *)arena_free};
+            (Patch){entry, memalign ? (void *)arena_memalign : (void *)arena_free};
         memalign ? found->memaligns++ : found->frees++;
     }
 }

@@ -42,7 +42,8 @@ ALWAYS float dot(const float *a, const float *b, int64_t n) {
 
 /* e^x to float32's rounding: 2^n e^r with |r| <= ln(2) / 2, and e^r by its series. */
 ALWAYS __m256 exponential(__m256 x) {
-    x = _mm256_min_ps(_mm256_max_ps(x, _mm256_set1_ps(-87.0f)), _mm256_set1_ps(88.0f));
+    /* In this order of operands NaN stays NaN. */
+    x = _mm256_min_ps(_mm256_set1_ps(88.0f), _mm256_max_ps(_mm256_set1_ps(-87.0f), x));
     const __m256 n =
         _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x); /* ln(2) in two parts, the first exact */
@@ -110,7 +111,7 @@ AVX2 static void attend(float *query, const float *key, const float *value, floa
         for (int64_t i = 0; i < t; i += LANES) {
             __m256 e = exponential(_mm256_sub_ps(_mm256_loadu_ps(scores + i), _mm256_set1_ps(largest)));
             if (i + LANES > length + 1) /* what was filled up counts for nothing */
-                e = _mm256_and_ps(e, _mm256_cmp_ps(_mm256_loadu_ps(scores + i), _mm256_set1_ps(-INFINITY), _CMP_GT_OQ));
+                e = _mm256_and_ps(e, _mm256_cmp_ps(_mm256_loadu_ps(scores + i), _mm256_set1_ps(-INFINITY), _CMP_NEQ_UQ));
             _mm256_storeu_ps(scores + i, e);
             sum = _mm256_add_ps(sum, e);
         }

@@ -104,6 +104,26 @@ assert os.waitpid(child, 0)[1] == 0 and bool((kept == 1).all())
 
 
 @usable
+def test_more_than_the_machine_has_is_refused_at_once(tmp_path: Path) -> None:
+    program = """
+import shutil
+pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE")
+before = extent()
+try:
+    torch.empty(int(1.5 * pages), dtype=torch.uint8)
+except RuntimeError:
+    pass
+assert extent() == before
+
+first = library("arena")
+shutil.copy(first._name, COPY)
+assert ctypes.CDLL(COPY).arena_use() == 0  # the entries are not the C library's any more
+assert int(taken(1).sum()) == 1 << 18
+"""
+    told(PREAMBLE + f"COPY = {str(tmp_path / 'copy.so')!r}" + program)
+
+
+@usable
 def test_it_is_the_same_where_torch_was_at_work_before() -> None:
     program = f"""
 import torch

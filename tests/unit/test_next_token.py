@@ -174,6 +174,67 @@ def test_what_computes_something_else_is_found_out(config: Any, changes: dict[st
     assert best_way(model_of(config, changes)) != "compiled"
 
 
+def test_attention_that_changes_far_back_is_found_out() -> None:
+    """Ministral 3 has Llama's parts, and scales queries beyond a position: a short text does not show it."""
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "llama_4_scaling_beta": 0.1}
+    model = model_of(
+        transformers.Ministral3Config,
+        {"sliding_window": None, "rope_parameters": rope | {"original_max_position_embeddings": 8}, "head_dim": 8},
+    )
+    assert NextToken.of(model) is not None
+    assert best_way(model) == "as a tree"
+
+
+def test_norms_without_weights_are_not_for_it() -> None:
+    model = model_of(transformers.OlmoConfig, {})
+    assert NextToken.of(model) is None
+    assert best_way(model) == "as a tree"
+
+
+@pytest.mark.parametrize("part", ["mlp", "attention"])
+def test_a_layer_of_another_size_is_not_for_it(part: str) -> None:
+    model = model_of(*MODELS["llama"])
+    layer = model.model.layers[1]
+    if part == "mlp":
+        layer.mlp.gate_proj, layer.mlp.up_proj = (torch.nn.Linear(48, 16, bias=False) for _ in range(2))
+        layer.mlp.down_proj = torch.nn.Linear(16, 48, bias=False)
+    else:
+        layer.self_attn.k_proj, layer.self_attn.v_proj = (torch.nn.Linear(48, 8, bias=False) for _ in range(2))
+    assert NextToken.of(model) is None
+
+
+def test_what_has_diverged_is_seen() -> None:
+    """Scores beyond float32 are NaN afterwards, as torch's are: the engine stops at NaN."""
+    model = model_of(*MODELS["llama"])
+    for name in ("q_proj", "k_proj"):
+        model.model.layers[1].self_attn.get_submodule(name).weight.mul_(1e22)
+    batch = begun(model)
+    batch.advance(torch.tensor([1, 2, 3, 4]))
+    assert bool(batch.logits.isnan().any())
+
+
+def test_an_adapter_that_comes_later_is_heard() -> None:
+    model = model_of(*MODELS["llama"])
+    batch = begun(model, PROMPTS[:1], rows=1)
+    backbone = Backbone(model)
+    backbone.add_adapter("policy", LoraConfig(rank=4, alpha=8))
+    for parameter in backbone.adapter_state("policy").values():
+        parameter.copy_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    plain = exact(model, [[*PROMPTS[0], 3]])
+    with backbone.using("policy"):
+        batch.advance(torch.tensor([3]))
+    assert (batch.logits.double() - plain).abs().max() > 0.05
+
+
+def test_nothing_is_written_behind_the_cache() -> None:
+    batch = Decoding(model_of(*MODELS["llama"]), [[1, 2, 3]], rows=1, room=2, pad_token=0, way="compiled")
+    batch.fill()
+    for _ in range(2):
+        batch.advance(torch.tensor([1]))
+    with pytest.raises(AssertionError):
+        batch.advance(torch.tensor([1]))
+
+
 def test_somebody_who_listens_is_told() -> None:
     model, heard = model_of(*MODELS["llama"]), []
     hook = model.model.layers[1].register_forward_hook(lambda *_: heard.append(1))
@@ -183,6 +244,9 @@ def test_somebody_who_listens_is_told() -> None:
     batch.advance(torch.tensor([1, 2, 3, 4]))
     assert len(heard) == 2
     hook.remove()
+    to_all = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert NextToken.of(model) is None
+    to_all.remove()
     assert NextToken.of(model) is not None
     model.forward = model.forward
     assert NextToken.of(model) is None

@@ -13,6 +13,8 @@ from dressage import few_rows
 
 Addends = tuple[Tensor, Tensor | None, Tensor, Tensor, float]
 """Frozen weight [out, in] and bias, down [r, in], up [out, r] and scale."""
+Computed = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, float]
+"""The same; without an adapter down and up are none."""
 
 
 class LoraLinear(nn.Module):
@@ -75,7 +77,7 @@ class LoraLinear(nn.Module):
         return self.weight.T if self.transposed else self.weight
 
 
-def addends_of(layer: nn.Module) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, float] | None:
+def addends_of(layer: nn.Module) -> Computed | None:
     """Of a linear layer as it computes now, without dropout: y = x W' + b + scale x down' up', or only x W' + b.
 
     None of a layer that computes something else, or keeps its weight the other way round.

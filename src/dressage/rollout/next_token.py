@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
 from transformers import PreTrainedModel
 
 from dressage import few_rows
@@ -43,6 +44,8 @@ class _Sizes(ctypes.Structure):
     ]
 
 
+_LISTENING = (module_hooks._global_forward_hooks, module_hooks._global_forward_pre_hooks)
+"""Those who listen to all modules there are."""
 _ATTENTION = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "output"}
 _MLP = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
 
@@ -52,9 +55,8 @@ class NextToken:
     """The parts of a model, as next_token.c wants them. Where they lie is asked at every token: weights learn."""
 
     model: Any
+    decoder: Any
     sizes: _Sizes
-    layers: list[tuple[dict[str, nn.Module], Any, Any]]
-    """Of each its linear layers by our names, and the norms before attention and before the gated part."""
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> NextToken | None:
@@ -65,53 +67,58 @@ class NextToken:
         parts: Any = model
         if few_rows.kernel() is None or model.dtype != torch.float32 or model.device.type != "cpu":
             return None
-        if not all(map(_undisturbed, model.modules())):
-            return None
         decoder: Any = getattr(parts, model.base_model_prefix, None)
         known = (
-            _children(parts, {model.base_model_prefix, "lm_head"})
+            not any(_LISTENING)
+            and all(map(_undisturbed, model.modules()))
+            and _children(parts, {model.base_model_prefix, "lm_head"})
             and _children(decoder, {"embed_tokens", "layers", "norm", "rotary_emb"})
             and type(decoder.embed_tokens) is nn.Embedding
-        )
-        if not known:
-            return None
-        layers = []
-        for layer in decoder.layers:
-            known = (
+            and all(
                 _children(layer, {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"})
                 and _children(layer.self_attn, set(_ATTENTION))
                 and _children(layer.mlp, {*_MLP, "act_fn"})
+                for layer in decoder.layers
             )
-            if not known:
-                return None
-            linears = {ours: layer.self_attn.get_submodule(name) for name, ours in _ATTENTION.items()}
-            linears |= {ours: layer.mlp.get_submodule(name) for name, ours in _MLP.items()}
-            layers.append((linears, layer.input_layernorm, layer.post_attention_layernorm))
-        sizes = _sizes_of(parts, decoder)
-        found = None if sizes is None else cls(parts, sizes, layers)
-        return found if found is not None and found._laid_out(None) is not None else None
+        )
+        if not known:
+            return None
+        sizes = _sizes_of(parts.config, decoder, lora.addends_of(parts.lm_head))
+        return None if sizes is None else cls(parts, decoder, sizes)
 
-    def __call__(self, tokens: Ints, lengths: Ints, cache: Sequence[Any]) -> Tensor | None:
+    def __call__(self, tokens: Ints, lengths: Ints, positions: Ints, cache: Sequence[Any]) -> Tensor | None:
         """Logits [B, V] after these tokens [B], which enter the `cache` behind the first `lengths` [B] of each answer.
 
         None, and nothing has happened, where torch is to do it.
         """
-        if torch.is_grad_enabled() or len(tokens) > few_rows.MOST:
-            return None
-        laid_out = self._laid_out(cache)
-        if laid_out is None:
-            return None
-        layers, head = laid_out
-        decoder, sizes, rows = getattr(self.model, self.model.base_model_prefix), self.sizes, len(tokens)
-        states = decoder.embed_tokens(tokens[:, None])
-        cosine, sine = (angles.contiguous() for angles in decoder.rotary_emb(states, lengths[:, None]))
-        if cosine.shape != (rows, 1, sizes.dim) or cosine.dtype != torch.float32:
+        decoder, sizes, rows = self.decoder, self.sizes, len(tokens)
+        if torch.is_grad_enabled() or rows > few_rows.MOST:
             return None
         sizes.capacity = cache[0].keys.shape[-2]
-        rank = max(linear.rank for layer in layers for linear in _linears(layer))
+        room = (sizes.kv_heads, sizes.capacity, sizes.dim)
+        if any(layer.keys.shape[1:] != room or layer.values.shape[1:] != room for layer in cache):
+            return None
+        layers, head = (_Layer * len(cache))(), _Linear()
+        filled = [_fill(head, self.model.lm_head)]
+        rank = 0
+        for place, layer, block in zip(layers, decoder.layers, cache, strict=True):
+            for owner, names in ((layer.self_attn, _ATTENTION), (layer.mlp, _MLP)):
+                for name, ours in names.items():
+                    linear = getattr(place, ours)
+                    filled.append(_fill(linear, owner._modules[name]))
+                    rank = max(rank, linear.rank)
+            place.before_attention = layer.input_layernorm.weight.data_ptr()
+            place.before_mlp = layer.post_attention_layernorm.weight.data_ptr()
+            place.keys, place.values = block.keys.data_ptr(), block.values.data_ptr()
+        if not all(filled):
+            return None
+        states = decoder.embed_tokens(tokens[:, None])
+        cosine, sine = (angles.contiguous() for angles in decoder.rotary_emb(states, positions[:, None]))
+        if cosine.shape != (rows, 1, sizes.dim) or cosine.dtype != torch.float32:
+            return None
         seen = sizes.kv_heads * (sizes.capacity + LANES)
         each = sizes.width + (sizes.heads + 2 * sizes.kv_heads) * sizes.dim + 2 * sizes.inner + rank + seen
-        room = states.new_empty(rows * each)
+        between = states.new_empty(rows * each)
         logits: Tensor = states.new_empty(rows, sizes.vocabulary)
         built = library("few_rows")
         assert built is not None
@@ -123,71 +130,84 @@ class NextToken:
             ctypes.byref(head),
             *(_POINTER(block.data_ptr()) for block in (states, cosine, sine, lengths)),
             _COUNT(rows),
-            _POINTER(room.data_ptr()),
+            _POINTER(between.data_ptr()),
             _POINTER(logits.data_ptr()),
         )
         return logits
 
-    def _laid_out(self, cache: Sequence[Any] | None) -> tuple[ctypes.Array[_Layer], _Linear] | None:
-        """Where everything lies just now."""
-        layers, head = (_Layer * len(self.layers))(), _Linear()
-        if not _fill(head, self.model.lm_head):
-            return None
-        for number, (layer, (linears, before_attention, before_mlp)) in enumerate(
-            zip(layers, self.layers, strict=True)
-        ):
-            if not all(_fill(getattr(layer, name), linear) for name, linear in linears.items()):
-                return None
-            layer.before_attention = before_attention.weight.data_ptr()
-            layer.before_mlp = before_mlp.weight.data_ptr()
-            if cache is not None:
-                layer.keys, layer.values = cache[number].keys.data_ptr(), cache[number].values.data_ptr()
-        return layers, head
-
-
-def _linears(layer: _Layer) -> Iterator[Any]:
-    return (getattr(layer, name) for name in (*_ATTENTION.values(), *_MLP.values()))
-
 
 def _fill(place: Any, module: nn.Module) -> bool:
-    """What a linear layer computes now; False where that is something else."""
+    """What a linear layer computes now; False where that is something else. Its sizes were looked at before."""
     addends = lora.addends_of(module)
     if addends is None:
         return False
     weight, bias, down, up, scale = addends
-    for block in (weight, bias, down, up):
-        if block is not None and (block.dtype != torch.float32 or not block.is_contiguous()):
-            return False
     place.weight = weight.data_ptr()
-    place.bias = None if bias is None else bias.data_ptr()
+    if bias is not None:
+        place.bias = bias.data_ptr()
     if down is not None and up is not None:
         place.down, place.up, place.rank, place.scale = down.data_ptr(), up.data_ptr(), len(down), scale
     return True
 
 
-def _sizes_of(model: Any, decoder: Any) -> _Sizes | None:
-    config, first = model.config, decoder.layers[0]
-    norms = [
-        decoder.norm,
-        *(n for layer in decoder.layers for n in (layer.input_layernorm, layer.post_attention_layernorm)),
-    ]
-    alike = {(type(norm), getattr(norm, "variance_epsilon", None), norm.weight.dtype) for norm in norms}
-    scaling = {getattr(layer.self_attn, "scaling", None) for layer in decoder.layers}
-    if len(alike) > 1 or len(scaling) > 1 or None in scaling or norms[0].weight.dtype != torch.float32:
+def _sizes_of(config: Any, decoder: Any, head: lora.Computed | None) -> _Sizes | None:
+    """None where anything has another size, type or place than the whole would have it."""
+    layers = list(decoder.layers)
+    if not layers or head is None or head[2] is not None:
         return None
-    epsilon = getattr(norms[0], "variance_epsilon", None)
-    shapes = [tuple(getattr(first.self_attn, name).weight.shape) for name in _ATTENTION]
-    (of_heads, width), (of_kv, _), *_ = shapes
-    inner, (vocabulary, _) = first.mlp.gate_proj.weight.shape[0], model.lm_head.weight.shape
-    heads, kv_heads = (
-        config.num_attention_heads,
-        getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+    first: Any = layers[0].self_attn
+    epsilon, scaling = getattr(decoder.norm, "variance_epsilon", None), getattr(first, "scaling", None)
+    heads: Any = getattr(config, "num_attention_heads", None)
+    kv_heads: Any = getattr(config, "num_key_value_heads", None) or heads
+    inner: Any = getattr(config, "intermediate_size", None)
+    dim: Any = getattr(first, "head_dim", None)
+    width = decoder.embed_tokens.weight.shape[1]
+    counts = all(isinstance(size, int) for size in (heads, kv_heads, dim, inner))
+    if not (counts and isinstance(epsilon, float) and isinstance(scaling, float)):
+        return None
+    if heads % kv_heads or any(size % LANES for size in (width, inner, dim)):
+        return None
+    norms = [decoder.norm, *(n for layer in layers for n in (layer.input_layernorm, layer.post_attention_layernorm))]
+    alike = all(
+        type(norm) is type(decoder.norm)
+        and getattr(norm, "variance_epsilon", None) == epsilon
+        and _plain(getattr(norm, "weight", None), width)
+        for norm in norms
+    ) and all(getattr(layer.self_attn, "scaling", None) == scaling for layer in layers)
+    of_heads, of_kv = heads * dim, kv_heads * dim
+    shapes = {
+        "q_proj": (of_heads, width),
+        "k_proj": (of_kv, width),
+        "v_proj": (of_kv, width),
+        "o_proj": (width, of_heads),
+    }
+    shapes |= {"gate_proj": (inner, width), "up_proj": (inner, width), "down_proj": (width, inner)}
+    vocabulary = head[0].shape[0]
+    fit = _fits(head, vocabulary, width) and all(
+        _fits(lora.addends_of((layer.self_attn if name in _ATTENTION else layer.mlp).get_submodule(name)), *shape)
+        for layer in layers
+        for name, shape in shapes.items()
     )
-    dim = of_heads // heads
-    whole = (of_heads, of_kv) == (heads * dim, kv_heads * dim) and heads % kv_heads == 0
-    if epsilon is None or not whole or any(size % LANES for size in (width, inner, dim)):
-        return None
-    return _Sizes(width, inner, heads, kv_heads, dim, 0, vocabulary, epsilon, scaling.pop())
+    return _Sizes(width, inner, heads, kv_heads, dim, 0, vocabulary, epsilon, scaling) if alike and fit else None
+
+
+def _fits(addends: lora.Computed | None, out: int, width: int) -> bool:
+    if addends is None:
+        return False
+    weight, bias, down, up, _ = addends
+    added = down is None or up is None or (_plain(down, len(down), width) and _plain(up, out, len(down)))
+    return _plain(weight, out, width) and (bias is None or _plain(bias, out)) and added
+
+
+def _plain(block: Any, *shape: int) -> bool:
+    """Numbers that lie in float32, one after the other, where the processor finds them."""
+    return (
+        type(block) in (Tensor, nn.Parameter)
+        and block.shape == shape
+        and block.dtype == torch.float32
+        and block.is_cpu
+        and block.is_contiguous()
+    )
 
 
 def _children(module: Any, names: set[str]) -> bool:
