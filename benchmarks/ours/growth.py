@@ -22,6 +22,7 @@ from dressage.batches import SupervisedBatch
 from dressage.config import DataConfig, SftConfig, TrainingConfig
 from dressage.models.files import load_backbone
 from dressage.models.pretrained import packaged_folder
+from dressage.monitor.memory import keep_freed_memory
 from dressage.pipeline import versions
 from dressage.settings import ModelConfig
 
@@ -65,6 +66,7 @@ def model_of(name: str, models: Path) -> ModelConfig:
 
 
 def main() -> None:
+    keep_freed_memory()  # as the command does
     asked = json.loads(sys.argv[1])
     config = SftConfig(
         model=model_of(asked["model"], Path(asked["models"])),
