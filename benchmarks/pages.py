@@ -173,8 +173,8 @@ def notes(kept: Kept) -> Iterator[str]:
     if "float32" in {run["result"]["compute"] for run in kept.runs if run["subject"].startswith("ours")}:
         yield (
             "This machine has no fast bfloat16, so all compute in float32, where most of the time is products of "
-            "matrices that everybody takes from the same library, but for ours while sampling up to 128 answers at once. "
-            "What else is quicker here is work that is not done; what bfloat16 adds, and a GPU, is not measured."
+            "matrices that everybody takes from the same library, but for ours while sampling up to 128 answers at "
+            "once. What else is quicker here is work that is not done; what bfloat16 adds, and a GPU, is not measured."
         )
     if "ppo" in kept.works:
         yield (
