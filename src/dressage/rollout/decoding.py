@@ -89,11 +89,12 @@ class Decoding:
         """One more token [B] for each answer; `logits` are then of the token after it."""
         if self.in_place:
             columns = int(self.lengths.max()) + 1
+            if columns > self.capacity:
+                raise IndexError(f"a token for column {columns - 1} of a cache of {self.capacity}")
             slots = torch.arange(len(tokens), device=tokens.device)
             for layer in self.layers:
                 layer.end_at(slots, self.lengths, columns)
             if self.next_token is not None:
-                assert columns <= self.capacity  # nobody else looks where the cache ends
                 logits = self.next_token(tokens, self.lengths, self.lengths + self.further, self.layers)
                 if logits is not None:
                     self.logits, self.lengths = logits, self.lengths + 1
