@@ -5,13 +5,17 @@ from setuptools import Extension, setup
 setup(
     ext_modules=[
         Extension("dressage._arena", ["src/dressage/arena.c"], extra_compile_args=["-O2"], optional=True),
-        Extension(
-            "dressage._few_rows",
-            ["src/dressage/few_rows.c", "src/dressage/next_token.c"],
-            depends=["src/dressage/few_rows.h"],
-            # Not linked with OpenMP: its functions are found in the one that torch brings.
-            extra_compile_args=["-O3", "-fopenmp"],
-            optional=True,
+        *(
+            Extension(
+                f"dressage._few_rows_{kind}",
+                ["src/dressage/few_rows.c", "src/dressage/next_token.c"],
+                depends=["src/dressage/few_rows.h"],
+                define_macros=macros,
+                # Not linked with OpenMP: its functions are found in the one that torch brings.
+                extra_compile_args=["-O3", "-fopenmp"],
+                optional=True,
+            )
+            for kind, macros in {"avx2": [], "avx512": [("WITH_AVX512", None)]}.items()
         ),
     ]
 )

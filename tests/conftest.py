@@ -45,6 +45,23 @@ def shared_data() -> Path:
     return folder
 
 
+@pytest.fixture(params=["avx2", "avx512"])
+def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterable[str]:
+    """Within, few_rows.c and next_token.c as they were built for this kind."""
+    from dressage import few_rows
+    from dressage.compiled import library
+
+    found = library(f"few_rows_{request.param}")
+    if found is None or not found.few_rows_suit():
+        pytest.skip(f"few_rows.c was not built for {request.param}, or this processor is none of that kind")
+    monkeypatch.setattr(few_rows, "library", lambda name: found if name.endswith(request.param) else None)
+    for known in (few_rows.built, few_rows.kernel):
+        known.cache_clear()
+    yield request.param
+    for known in (few_rows.built, few_rows.kernel):
+        known.cache_clear()
+
+
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -1,115 +1,164 @@
 /* Few rows times a matrix, y = x W' + b in float32: what decoding does with every weight for every token.
 
-   BLAS puts a matrix into an order of its own before it multiplies, which pays with many rows only; here the weight is
-   read once, as it lies. A row's numbers are added up in the same order whatever rows stand beside
-   it, so they are the same to the last bit. few_rows.py says when it is used. */
+   The rows are laid side by side, as many as a register holds, and each number of W meets all of them: W is read once,
+   as it lies, where BLAS puts it into an order of its own first, which pays with many rows only. Every number of y is
+   added up from first to last whatever rows stand beside it, so it is the same to the last bit. few_rows.py says when
+   this is used. */
 
 #include "few_rows.h"
 
-#if AVX2_BUILD
+#if X86_BUILD
+
+#ifdef WITH_AVX512
+
+enum { LANES = 16, GROUPS = 4 };
+
+typedef __m512 Lanes;
+
+ALWAYS Lanes zeros(void) { return _mm512_setzero_ps(); }
+ALWAYS Lanes every(float x) { return _mm512_set1_ps(x); }
+ALWAYS Lanes load(const float *x) { return _mm512_loadu_ps(x); }
+ALWAYS void store(float *y, Lanes x) { _mm512_storeu_ps(y, x); }
+ALWAYS Lanes add_up(Lanes a, Lanes b) { return _mm512_add_ps(a, b); }
+ALWAYS Lanes multiply_add(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(a, b, c); }
+
+#else
+
+enum { LANES = 8, GROUPS = 2 };
+
+typedef __m256 Lanes;
+
+ALWAYS Lanes zeros(void) { return _mm256_setzero_ps(); }
+ALWAYS Lanes every(float x) { return _mm256_set1_ps(x); }
+ALWAYS Lanes load(const float *x) { return _mm256_loadu_ps(x); }
+ALWAYS void store(float *y, Lanes x) { _mm256_storeu_ps(y, x); }
+ALWAYS Lanes add_up(Lanes a, Lanes b) { return _mm256_add_ps(a, b); }
+ALWAYS Lanes multiply_add(Lanes a, Lanes b, Lanes c) { return _mm256_fmadd_ps(a, b, c); }
+
+#endif
 
 enum {
-    ROWS = 4,   /* of x at once, and */
-    OUTS = 3,   /* of W at once: 12 sums, in registers */
-    BLOCK = 24, /* of W that a thread holds in its cache for all rows */
-    LINE = 64,  /* bytes that the processor fetches together */
+    THREE = 3,             /* outputs in a group: so many addresses the processor makes of two registers */
+    OUTS = THREE * GROUPS, /* of W at once, times */
+    WIDE = 2,              /* registers of rows: all sums in registers */
+    BLOCK = 24,            /* of W that a thread holds in its cache for all rows */
+    PART = 128,            /* numbers of a row that are added up before their sum is: that is more exact, and stays near */
+    PIECE = 16,            /* numbers of a row that a thread lays beside the others' at once */
     SMALL = 1 << 16
 };
 
-/* Four sums of eight at once. */
-ALWAYS __m128 sums_of(__m256 a, __m256 b, __m256 c, __m256 d) {
-    const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
-    return _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
-}
-
-/* y [rows, outs] of rows of x and of W, added to what is there with `add`; the counts are known when this is compiled. */
-ALWAYS void tile(const int rows, const int outs, const float *x, const float *w, const float *b, float *y, int64_t in,
-                 int64_t out, int add) {
-    __m256 sum[ROWS][OUTS];
-    int64_t k = 0;
-#pragma GCC unroll 4
-    for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
-        for (int o = 0; o < OUTS; o++) sum[r][o] = _mm256_setzero_ps();
-    for (; k + LANES <= in; k += LANES) {
-        __m256 weights[OUTS];
-#pragma GCC unroll 4
-        for (int o = 0; o < outs; o++) weights[o] = _mm256_loadu_ps(w + o * in + k);
-#pragma GCC unroll 4
-        for (int r = 0; r < rows; r++) {
-            const __m256 of_row = _mm256_loadu_ps(x + r * in + k);
-#pragma GCC unroll 4
-            for (int o = 0; o < outs; o++) sum[r][o] = _mm256_fmadd_ps(of_row, weights[o], sum[r][o]);
-        }
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < rows; r++) {
-        float whole[4];
-        _mm_storeu_ps(whole, sums_of(sum[r][0], sum[r][1], sum[r][2], _mm256_setzero_ps()));
-#pragma GCC unroll 4
-        for (int o = 0; o < outs; o++) {
-            for (int64_t rest = k; rest < in; rest++) whole[o] += x[r * in + rest] * w[o * in + rest];
-            y[r * out + o] = whole[o] + (b ? b[o] : 0.0f) + (add ? y[r * out + o] : 0.0f);
-        }
-    }
-}
-
-ALWAYS void tiles(const int outs, int64_t rows, const float *x, const float *w, const float *b, float *y, int64_t in,
-                  int64_t out, int add) {
-    switch (rows) {
-        case 1: tile(1, outs, x, w, b, y, in, out, add); break;
-        case 2: tile(2, outs, x, w, b, y, in, out, add); break;
-        case 3: tile(3, outs, x, w, b, y, in, out, add); break;
-        default: tile(4, outs, x, w, b, y, in, out, add);
-    }
-}
-
-/* Outputs `first` to `last` of all rows. While the block is at work with all rows but the first few, the next one is
-   fetched: memory and arithmetic take turns otherwise. */
-ALWAYS void block(int64_t first, int64_t last, const float *x, const float *w, const float *b, float *y, int64_t n,
-                       int64_t in, int64_t out, int add) {
-    const char *next = (const char *)(w + last * in);
-    const char *end = (const char *)(w + (last + BLOCK < out ? last + BLOCK : out) * in);
-    const int64_t visits = ((n - 1) / ROWS) * ((last - first + OUTS - 1) / OUTS);
-    const int64_t share = visits ? ((end - next) / visits + LINE - 1) / LINE : 0;
-    for (int64_t r = 0; r < n; r += ROWS) {
-        int64_t o = first;
-        for (; o + OUTS <= last; o += OUTS) {
-            for (int64_t i = 0; r && i < share && next < end; i++, next += LINE) _mm_prefetch(next, _MM_HINT_T1);
-            tiles(OUTS, n - r, x + r * in, w + o * in, b ? b + o : 0, y + r * out + o, in, out, add);
-        }
-        for (; o < last; o++) tiles(1, n - r, x + r * in, w + o * in, b ? b + o : 0, y + r * out + o, in, out, add);
-    }
-}
-
-/* The same within a team of threads, which goes on when all of them are done. */
-AVX2 void few_rows_together(const float *x, const float *w, const float *b, float *y, int64_t n, int64_t in,
-                            int64_t out, int add) {
-    const int64_t blocks = (out + BLOCK - 1) / BLOCK;
+/* x [n, in] as [panels, in, LANES]: a panel's rows side by side, the last one's filled up with zeros. For a team of
+   threads, which goes on when all of them are done. */
+VECTORS void side_by_side(const float *x, float *beside, int64_t n, int64_t in) {
+    const int64_t panels = (n + LANES - 1) / LANES, pieces = (in + PIECE - 1) / PIECE;
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < blocks; i++) {
-        const int64_t end = (i + 1) * BLOCK < out ? (i + 1) * BLOCK : out;
-        if (add)
-            block(i * BLOCK, end, x, w, b, y, n, in, out, 1);
-        else
-            block(i * BLOCK, end, x, w, b, y, n, in, out, 0);
+    for (int64_t i = 0; i < panels * pieces; i++) {
+        const int64_t first = i / pieces * LANES, begin = i % pieces * PIECE;
+        const int64_t end = begin + PIECE < in ? begin + PIECE : in;
+        for (int64_t k = begin; k < end; k++)
+            for (int64_t r = 0; r < LANES; r++)
+                beside[first * in + k * LANES + r] = first + r < n ? x[(first + r) * in + k] : 0.0f;
     }
 }
 
-/* x [n, in], W [out, in], b [out] or none, y [n, out], all without gaps. */
-void few_rows(const float *x, const float *w, const float *b, float *y, int64_t n, int64_t in, int64_t out) {
-#pragma omp parallel if (n * in * out > SMALL)
-    few_rows_together(x, w, b, y, n, in, out, 0);
+/* A part of the sums: n numbers of the rows of `wide` panels times n of 3 groups of W's. Meanwhile what comes next is
+   fetched, `share` numbers at a time. The other counts are known when this is compiled. */
+ALWAYS void tile(const int groups, const int three, const int wide, const float *x, const float *w,
+                 float (*sums)[WIDE * LANES], int64_t n, int64_t in, const float *next, int64_t share) {
+    Lanes sum[OUTS][WIDE];
+    const float *at[GROUPS];
+#pragma GCC unroll 16
+    for (int o = 0; o < groups * three; o++)
+#pragma GCC unroll 16
+        for (int v = 0; v < wide; v++) sum[o][v] = zeros();
+#pragma GCC unroll 16
+    for (int g = 0; g < groups; g++) at[g] = w + g * three * in;
+    for (int64_t k = 0; k < n; k++, next += share) {
+        Lanes rows[WIDE];
+        _mm_prefetch((const char *)next, _MM_HINT_T0);
+#pragma GCC unroll 16
+        for (int v = 0; v < wide; v++) rows[v] = load(x + (v * in + k) * LANES);
+#pragma GCC unroll 16
+        for (int g = 0; g < groups; g++) {
+#pragma GCC unroll 16
+            for (int o = 0; o < three; o++) {
+                const Lanes weight = every(at[g][o * in]);
+#pragma GCC unroll 16
+                for (int v = 0; v < wide; v++)
+                    sum[g * three + o][v] = multiply_add(rows[v], weight, sum[g * three + o][v]);
+            }
+            at[g]++;
+        }
+    }
+#pragma GCC unroll 16
+    for (int o = 0; o < groups * three; o++)
+#pragma GCC unroll 16
+        for (int v = 0; v < wide; v++) {
+            float *whole = sums[o] + v * LANES;
+            store(whole, add_up(load(whole), sum[o][v]));
+        }
 }
 
-/* Is this a processor of the kind that it was measured on? With 512 bits at once nobody has looked. */
+/* y [n, outs] of n rows in `wide` panels, added to what is there with `add`. */
+ALWAYS void panels(const int wide, const float *x, const float *w, const float *b, float *y, int64_t n, int64_t outs,
+                   int64_t in, int64_t out, int add, const float *next, int64_t share) {
+    float sums[BLOCK][WIDE * LANES];
+    for (int64_t o = 0; o < outs; o++)
+        for (int v = 0; v < wide; v++) store(sums[o] + v * LANES, zeros());
+    for (int64_t k = 0; k < in; k += PART) {
+        const int64_t many = k + PART < in ? PART : in - k;
+        int64_t o = 0;
+        for (; o + OUTS <= outs; o += OUTS, next += share * many)
+            tile(GROUPS, THREE, wide, x + k * LANES, w + o * in + k, sums + o, many, in, next, share);
+        for (; o < outs; o++) tile(1, 1, wide, x + k * LANES, w + o * in + k, sums + o, many, in, next, 0);
+    }
+    for (int64_t r = 0; r < n; r++)
+        for (int64_t o = 0; o < outs; o++)
+            y[r * out + o] = sums[o][r] + (b ? b[o] : 0.0f) + (add ? y[r * out + o] : 0.0f);
+}
+
+/* y [n, out] of rows that lie `side_by_side`, W [out, in] and b [out] or none. For a team of threads as well. */
+VECTORS void few_rows_together(const float *beside, const float *w, const float *b, float *y, int64_t n, int64_t in,
+                               int64_t out, int add) {
+    const int64_t step = WIDE * LANES, visits = (n + step - 1) / step;
+#pragma omp for schedule(static)
+    for (int64_t o = 0; o < (out + BLOCK - 1) / BLOCK * BLOCK; o += BLOCK) {
+        const int64_t outs = o + BLOCK < out ? BLOCK : out - o;
+        const int64_t share = o + 2 * BLOCK <= out ? (OUTS + visits - 1) / visits : 0;
+        const float *next = w + (o + outs) * in, *bias = b ? b + o : 0;
+        for (int64_t r = 0; r < n; r += step, next += share * (outs / OUTS) * in) {
+            const int64_t left = n - r < step ? n - r : step;
+            if (left > LANES)
+                panels(2, beside + r * in, w + o * in, bias, y + r * out + o, left, outs, in, out, add, next, share);
+            else
+                panels(1, beside + r * in, w + o * in, bias, y + r * out + o, left, outs, in, out, add, next, share);
+        }
+    }
+}
+
+/* x [n, in], W [out, in], b [out] or none, y [n, out], all without gaps; `beside` is room for n, rounded up to 16,
+   times `in` numbers. */
+void few_rows(const float *x, const float *w, const float *b, float *y, float *beside, int64_t n, int64_t in,
+              int64_t out) {
+#pragma omp parallel if (n * in * out > SMALL)
+    {
+        side_by_side(x, beside, n, in);
+        few_rows_together(beside, w, b, y, n, in, out, 0);
+    }
+}
+
+/* Is this a processor for it? */
 int few_rows_suit(void) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && !__builtin_cpu_supports("avx512f");
+#ifdef WITH_AVX512
+    if (!__builtin_cpu_supports("avx512f")) return 0;
+#endif
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
 
 #else
 
-void few_rows(const float *x, const float *w, const float *b, float *y, int64_t n, int64_t in, int64_t out) {}
+void few_rows(const float *x, const float *w, const float *b, float *y, float *beside, int64_t n, int64_t in,
+              int64_t out) {}
 
 int few_rows_suit(void) { return 0; }
 

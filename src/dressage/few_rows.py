@@ -37,10 +37,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     x = x.contiguous()
     out, width = weight.shape
-    y = x.new_empty(*x.shape[:-1], out)
     rows = x.numel() // width
-    multiply(x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(), rows, width, out)
+    y, beside = x.new_empty(*x.shape[:-1], out), x.new_empty(filled_up(rows) * width)
+    blocks = (x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(), beside.data_ptr())
+    multiply(*blocks, rows, width, out)
     return y
+
+
+def filled_up(rows: int) -> int:
+    """To whole registers, of whichever kind."""
+    return -(-rows // 16) * 16
 
 
 @contextmanager
@@ -67,13 +73,22 @@ def forward_of_linear(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 @cache
+def built() -> ctypes.CDLL | None:
+    """few_rows.c and next_token.c for this processor; None where they were not built, or it is none for them."""
+    # Their threads are those of torch, which has loaded OpenMP before them.
+    for name in ("few_rows_avx512", "few_rows_avx2"):
+        found = library(name)
+        if found is not None and found.few_rows_suit():
+            return found
+    return None
+
+
+@cache
 def kernel() -> Callable[..., None] | None:
-    """few_rows.c's function; None where it was not built, or this processor is none for it."""
-    # Its threads are those of torch, which has loaded OpenMP before it.
-    if (built := library("few_rows")) is None:
+    """few_rows.c's function; None as `built`."""
+    if (found := built()) is None:
         return None
-    built.few_rows_suit.restype = ctypes.c_int
-    built.few_rows.restype = None
-    built.few_rows.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 3
-    multiply: Callable[..., None] = built.few_rows
-    return multiply if built.few_rows_suit() else None
+    multiply: Callable[..., None] = found.few_rows
+    found.few_rows.restype = None
+    found.few_rows.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 3
+    return multiply

@@ -6,9 +6,11 @@
 
 #include "few_rows.h"
 
-#if AVX2_BUILD
+#if X86_BUILD
 
 #include <math.h>
+
+enum { LANES = 8 };
 
 /* y = x W' + b + scale x down' up'; without bias or adapter those are none. */
 typedef struct {
@@ -60,7 +62,7 @@ ALWAYS __m256 exponential(__m256 x) {
     return _mm256_mul_ps(y, _mm256_castsi256_ps(power));
 }
 
-AVX2 static void norm(const float *x, const float *weight, float *y, int64_t n, const Sizes *s) {
+VECTORS static void norm(const float *x, const float *weight, float *y, int64_t n, const Sizes *s) {
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < n; r++) {
         const float *row = x + r * s->width;
@@ -71,19 +73,24 @@ AVX2 static void norm(const float *x, const float *weight, float *y, int64_t n, 
     }
 }
 
-/* low [n, rank] is room for what an adapter makes of x. */
-AVX2 static void linear(const float *x, const Linear *by, float *y, float *low, int64_t n, int64_t in, int64_t out,
-                        int add) {
-    few_rows_together(x, by->weight, by->bias, y, n, in, out, add);
+/* Room for what the products are given and an adapter makes of it. */
+typedef struct {
+    float *beside, *low, *low_beside;
+} Room;
+
+/* Of rows that lie in room->beside. */
+VECTORS static void linear(const Linear *by, float *y, const Room *room, int64_t n, int64_t in, int64_t out, int add) {
+    few_rows_together(room->beside, by->weight, by->bias, y, n, in, out, add);
     if (!by->down) return;
-    few_rows_together(x, by->down, 0, low, n, in, by->rank, 0);
+    few_rows_together(room->beside, by->down, 0, room->low, n, in, by->rank, 0);
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < n * by->rank; i++) low[i] *= by->scale;
-    few_rows_together(low, by->up, 0, y, n, by->rank, out, 1);
+    for (int64_t i = 0; i < n * by->rank; i++) room->low[i] *= by->scale;
+    side_by_side(room->low, room->low_beside, n, by->rank);
+    few_rows_together(room->low_beside, by->up, 0, y, n, by->rank, out, 1);
 }
 
 /* x [dim] turned by the angles of its position: (a, b) -> (a cos - b sin, b cos + a sin), a the first half. */
-AVX2 static void rotate(const float *x, const float *cosine, const float *sine, float *y, int64_t dim) {
+VECTORS static void rotate(const float *x, const float *cosine, const float *sine, float *y, int64_t dim) {
     const int64_t half = dim / 2;
     for (int64_t i = 0; i < half; i++) {
         const float a = x[i], b = x[i + half];
@@ -92,8 +99,23 @@ AVX2 static void rotate(const float *x, const float *cosine, const float *sine, 
     }
 }
 
+/* Some of an answer's values [n, dim] by their weights: so many registers of each. */
+ALWAYS void mix(const int many, const float *weights, const float *values, float *y, int64_t n, int64_t dim, float scale) {
+    __m256 sum[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < many; i++) sum[i] = _mm256_setzero_ps();
+    for (int64_t t = 0; t < n; t++) {
+        const __m256 weight = _mm256_set1_ps(weights[t]);
+#pragma GCC unroll 8
+        for (int i = 0; i < many; i++)
+            sum[i] = _mm256_fmadd_ps(weight, _mm256_loadu_ps(values + t * dim + i * LANES), sum[i]);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < many; i++) _mm256_storeu_ps(y + i * LANES, _mm256_mul_ps(sum[i], _mm256_set1_ps(scale)));
+}
+
 /* The group of heads that share the keys `kv` of one answer: its own key and value enter, then each head looks back. */
-AVX2 static void attend(float *query, const float *key, const float *value, float *keys, float *values, float *scores,
+VECTORS static void attend(float *query, const float *key, const float *value, float *keys, float *values, float *scores,
                         const float *cosine, const float *sine, int64_t length, const Sizes *s) {
     const int64_t dim = s->dim, group = s->heads / s->kv_heads;
     rotate(key, cosine, sine, keys + length * dim, dim);
@@ -116,16 +138,13 @@ AVX2 static void attend(float *query, const float *key, const float *value, floa
             sum = _mm256_add_ps(sum, e);
         }
         const float whole = 1.0f / total(sum);
-        for (int64_t i = 0; i < dim; i += LANES) {
-            __m256 mixed = _mm256_setzero_ps();
-            for (t = 0; t <= length; t++)
-                mixed = _mm256_fmadd_ps(_mm256_set1_ps(scores[t]), _mm256_loadu_ps(values + t * dim + i), mixed);
-            _mm256_storeu_ps(q + i, _mm256_mul_ps(mixed, _mm256_set1_ps(whole)));
-        }
+        int64_t i = 0;
+        for (; i + 8 * LANES <= dim; i += 8 * LANES) mix(8, scores, values + i, q + i, length + 1, dim, whole);
+        for (; i < dim; i += LANES) mix(1, scores, values + i, q + i, length + 1, dim, whole);
     }
 }
 
-AVX2 static void gated(float *gate, const float *up, int64_t n) {
+VECTORS static void gated(float *gate, const float *up, int64_t n) {
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < n; i += LANES) {
         const __m256 g = _mm256_loadu_ps(gate + i), one = _mm256_set1_ps(1.0f);
@@ -135,43 +154,49 @@ AVX2 static void gated(float *gate, const float *up, int64_t n) {
 }
 
 /* Of n tokens the states [n, width] become logits [n, vocabulary]; cosine and sine [n, dim] are of their positions, and
-   lengths [n] says how many tokens stand before each. For all that lies between, `room` has n (width + heads dim +
-   2 kv_heads dim + 2 inner + rank + kv_heads (capacity + LANES)) numbers. */
+   lengths [n] says how many tokens stand before each. For all that lies between, `between` has
+   n (width + heads dim + 2 kv_heads dim + 2 inner + rank + kv_heads (capacity + LANES)) numbers, and `beside`
+   (n rounded up to 16) (the largest of width, heads dim and inner, + rank). */
 void next_token(const Layer *layers, int64_t depth, const Sizes *s, const float *last_norm, const Linear *head,
-                float *states, const float *cosine, const float *sine, const int64_t *lengths, int64_t n, float *room,
-                float *logits) {
+                float *states, const float *cosine, const float *sine, const int64_t *lengths, int64_t n,
+                float *between, float *beside, float *logits) {
     const int64_t of_heads = s->heads * s->dim, of_kv = s->kv_heads * s->dim, group = s->heads / s->kv_heads;
-    float *normed = room, *query = normed + n * s->width, *key = query + n * of_heads, *value = key + n * of_kv;
-    float *gate = value + n * of_kv, *up = gate + n * s->inner, *low = up + n * s->inner;
+    const int64_t seen = (s->capacity + LANES) / LANES * LANES, filled_up = (n + 15) / 16 * 16;
     int64_t rank = 0;
     for (int64_t l = 0; l < depth; l++)
         for (const Linear *one = &layers[l].query; one <= &layers[l].down; one++)
             rank = one->rank > rank ? one->rank : rank;
-    float *scores = low + n * rank;
-    const int64_t seen = (s->capacity + LANES) / LANES * LANES;
+    float *normed = between, *query = normed + n * s->width, *key = query + n * of_heads, *value = key + n * of_kv;
+    float *gate = value + n * of_kv, *up = gate + n * s->inner, *low = up + n * s->inner, *scores = low + n * rank;
+    const Room room = {beside + filled_up * rank, low, beside};
 #pragma omp parallel
     {
         for (int64_t l = 0; l < depth; l++) {
             const Layer *layer = layers + l;
             norm(states, layer->before_attention, normed, n, s);
-            linear(normed, &layer->query, query, low, n, s->width, of_heads, 0);
-            linear(normed, &layer->key, key, low, n, s->width, of_kv, 0);
-            linear(normed, &layer->value, value, low, n, s->width, of_kv, 0);
+            side_by_side(normed, room.beside, n, s->width);
+            linear(&layer->query, query, &room, n, s->width, of_heads, 0);
+            linear(&layer->key, key, &room, n, s->width, of_kv, 0);
+            linear(&layer->value, value, &room, n, s->width, of_kv, 0);
 #pragma omp for schedule(static)
             for (int64_t i = 0; i < n * s->kv_heads; i++) {
                 const int64_t r = i / s->kv_heads, at = i * s->capacity * s->dim;
                 attend(query + i * group * s->dim, key + i * s->dim, value + i * s->dim, layer->keys + at,
                        layer->values + at, scores + i * seen, cosine + r * s->dim, sine + r * s->dim, lengths[r], s);
             }
-            linear(query, &layer->output, states, low, n, of_heads, s->width, 1);
+            side_by_side(query, room.beside, n, of_heads);
+            linear(&layer->output, states, &room, n, of_heads, s->width, 1);
             norm(states, layer->before_mlp, normed, n, s);
-            linear(normed, &layer->gate, gate, low, n, s->width, s->inner, 0);
-            linear(normed, &layer->up, up, low, n, s->width, s->inner, 0);
+            side_by_side(normed, room.beside, n, s->width);
+            linear(&layer->gate, gate, &room, n, s->width, s->inner, 0);
+            linear(&layer->up, up, &room, n, s->width, s->inner, 0);
             gated(gate, up, n * s->inner);
-            linear(gate, &layer->down, states, low, n, s->inner, s->width, 1);
+            side_by_side(gate, room.beside, n, s->inner);
+            linear(&layer->down, states, &room, n, s->inner, s->width, 1);
         }
         norm(states, last_norm, normed, n, s);
-        linear(normed, head, logits, low, n, s->width, s->vocabulary, 0);
+        side_by_side(normed, room.beside, n, s->width);
+        linear(head, logits, &room, n, s->width, s->vocabulary, 0);
     }
 }
 

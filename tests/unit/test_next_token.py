@@ -34,6 +34,7 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "a head of keys each": (transformers.LlamaConfig, {"num_key_value_heads": 6}),
     "one head of keys": (transformers.LlamaConfig, {"num_key_value_heads": 1}),
     "heads of their own width": (transformers.LlamaConfig, {"head_dim": 16}),
+    "wide heads": (transformers.LlamaConfig, {"head_dim": 72}),
     "biases": (transformers.LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
     "one matrix for both ends": (transformers.LlamaConfig, {"tie_word_embeddings": True}),
     "stretched positions": (
@@ -90,6 +91,7 @@ def follows(model: Any, steps: int = 6) -> None:
             texts = [texts[0], texts[3], texts[2]]
 
 
+@pytest.mark.usefixtures("processor")
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_those_of_the_model_in_float64(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(*MODELS[name])

@@ -14,11 +14,10 @@ from transformers import PreTrainedModel
 
 from dressage import few_rows
 from dressage.batches import Ints
-from dressage.compiled import library
 from dressage.models import lora
 
 LANES = 8
-"""Numbers that the processor takes at once: next_token.c cuts rows into so many, and leaves none over."""
+"""next_token.c cuts rows into so many numbers, and leaves none over."""
 _POINTER, _COUNT = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -119,8 +118,10 @@ class NextToken:
         seen = sizes.kv_heads * (sizes.capacity + LANES)
         each = sizes.width + (sizes.heads + 2 * sizes.kv_heads) * sizes.dim + 2 * sizes.inner + rank + seen
         between = states.new_empty(rows * each)
+        widest = max(sizes.width, sizes.heads * sizes.dim, sizes.inner)
+        beside = states.new_empty(few_rows.filled_up(rows) * (widest + rank))
         logits: Tensor = states.new_empty(rows, sizes.vocabulary)
-        built = library("few_rows")
+        built = few_rows.built()
         assert built is not None
         built.next_token(
             layers,
@@ -130,8 +131,7 @@ class NextToken:
             ctypes.byref(head),
             *(_POINTER(block.data_ptr()) for block in (states, cosine, sine, lengths)),
             _COUNT(rows),
-            _POINTER(between.data_ptr()),
-            _POINTER(logits.data_ptr()),
+            *(_POINTER(block.data_ptr()) for block in (between, beside, logits)),
         )
         return logits
 
