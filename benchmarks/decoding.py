@@ -44,6 +44,13 @@ def products(rows: int, weights: list[Tensor]) -> str:
     return milliseconds(ways)
 
 
+def exactness(rows: int) -> str:
+    x, weight = torch.randn(rows, INNER), torch.randn(WIDTH, INNER)
+    exact = x.double() @ weight.double().T
+    ways = {"torch": F.linear(x, weight), "few_rows.c": few_rows.linear(x, weight)}
+    return ", ".join(f"{name} {(found - exact).square().mean().sqrt():.1e}" for name, found in ways.items())
+
+
 def attention(rows: int, tokens: int) -> str:
     query, mask = torch.randn(rows, HEADS, 1, DIM), torch.zeros(rows, 1, 1, tokens)
     keys, values = (torch.randn(rows, KV_HEADS, tokens, DIM) for _ in range(2))
@@ -84,6 +91,7 @@ def main() -> None:
     with torch.inference_mode(), few_rows.quick(nn.Identity()):
         for rows in (1, 2, 8, 16, 32, 64, few_rows.MOST):
             print(f"all products, {rows} rows: {products(rows, weights)} ms", flush=True)
+        print(f"off by, {few_rows.MOST} rows of {INNER}: {exactness(few_rows.MOST)}")
         for rows, tokens in ((1, 512), (16, 112), (16, 512), (64, 112), (64, 512)):
             print(f"one layer's attention, {rows} answers of {tokens} tokens: {attention(rows, tokens)} ms", flush=True)
     del weights
