@@ -124,7 +124,7 @@ VECTORS void few_rows_together(const float *beside, const float *w, const float 
 #pragma omp for schedule(static)
     for (int64_t o = 0; o < (out + BLOCK - 1) / BLOCK * BLOCK; o += BLOCK) {
         const int64_t outs = o + BLOCK < out ? BLOCK : out - o;
-        const int64_t share = o + 2 * BLOCK <= out ? (OUTS + visits - 1) / visits : 0;
+        const int64_t share = visits && o + 2 * BLOCK <= out ? (OUTS + visits - 1) / visits : 0;
         const float *next = w + (o + outs) * in, *bias = b ? b + o : 0;
         for (int64_t r = 0; r < n; r += step, next += share * (outs / OUTS) * in) {
             const int64_t left = n - r < step ? n - r : step;

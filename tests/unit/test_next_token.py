@@ -100,13 +100,15 @@ def test_logits_are_those_of_the_model_in_float64(name: str, monkeypatch: pytest
     follows(model)
 
 
+@pytest.mark.usefixtures("processor")
+@pytest.mark.parametrize("rank", [4, 20])
 @pytest.mark.parametrize("layers", [None, 1])
 @pytest.mark.parametrize("merged", [False, True])
-def test_whoever_speaks_is_heard(layers: int | None, merged: bool) -> None:
+def test_whoever_speaks_is_heard(rank: int, layers: int | None, merged: bool) -> None:
     """An adapter, beside the weights or in them; then the base again; then a weight that has learnt."""
     model = model_of(transformers.LlamaConfig, {"attention_bias": True})
     backbone = Backbone(model)
-    backbone.add_adapter("policy", LoraConfig(rank=4, alpha=8, layers=layers))
+    backbone.add_adapter("policy", LoraConfig(rank=rank, alpha=2 * rank, layers=layers))
     plain = exact(model, [[*PROMPTS[0], 3]])
     for name, parameter in backbone.adapter_state("policy").items():
         parameter.copy_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
@@ -130,6 +132,7 @@ def follows_as(model: Any, logits: Tensor) -> None:
     assert_close(batch.logits.double(), logits, rtol=0, atol=2e-4)
 
 
+@pytest.mark.usefixtures("processor")
 def test_a_row_is_the_same_to_the_last_bit_whatever_stands_beside_it() -> None:
     model = model_of(*MODELS["llama"])
     prompts = [[row % 50 + 3] * (row % 9 + 1) for row in range(70)]

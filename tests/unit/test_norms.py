@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    LlamaConfig,
+    Mamba2Config,
+    Olmo2Config,
+    Qwen2Config,
+    Qwen3NextConfig,
+)
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from dressage.models.backbone import Backbone
@@ -92,11 +100,26 @@ def test_only_what_comes_in_is_kept() -> None:
     assert shapes == [(5, 24), (24,)]
 
 
-@pytest.mark.parametrize(("config", "written"), [(LlamaConfig, 5), (Qwen2Config, 5), (GemmaConfig, 0)])
+@pytest.mark.parametrize(
+    ("config", "written"),
+    [
+        (LlamaConfig(**SIZES), 5),
+        (Qwen2Config(**SIZES), 5),
+        (GemmaConfig(**SIZES), 0),  # multiplies by 1 + weight
+        (Olmo2Config(**SIZES), 0),  # weighs in float32
+        (Mamba2Config(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_heads=4, head_dim=8, n_groups=1), 2),
+        (Qwen3NextConfig(**SIZES, num_experts=0, layer_types=2 * ["linear_attention"]), 0),
+    ],
+    ids=lambda value: getattr(value, "model_type", None),
+)
 def test_a_backbone_writes_out_the_norms_that_are_such(config: Any, written: int) -> None:
-    """Gemma's multiply by 1 + weight, and stay as they are."""
-    model = AutoModelForCausalLM.from_config(config(**SIZES))
-    Backbone(model)
+    """Mamba 2 and Qwen3-Next have others besides, which may be given a gate, or must."""
+    model = AutoModelForCausalLM.from_config(config).eval()
+    tokens = torch.tensor([[1, 2, 3, 4]])
+    with torch.no_grad():
+        usual = model(tokens, use_cache=False).logits
+        Backbone(model)
+        assert torch.equal(model(tokens, use_cache=False).logits, usual)
     assert sum("forward" in vars(module) for module in model.modules()) == written
 
 
