@@ -55,10 +55,11 @@ def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     if found is None or not found.few_rows_suit():
         pytest.skip(f"few_rows.c was not built for {request.param}, or this processor is none of that kind")
     monkeypatch.setattr(few_rows, "library", lambda name: found if name.endswith(request.param) else None)
-    for known in (few_rows.built, few_rows.kernel):
+    remembered = (few_rows.built, few_rows.fewest, few_rows.kernel)
+    for known in remembered:
         known.cache_clear()
     yield request.param
-    for known in (few_rows.built, few_rows.kernel):
+    for known in remembered:
         known.cache_clear()
 
 

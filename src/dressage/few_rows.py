@@ -16,20 +16,23 @@ from dressage.compiled import library
 
 MOST = 128
 """Rows; with more of them, BLAS is as quick."""
+FEWEST = {"few_rows_avx512": 3, "few_rows_avx2": 1}
+"""By kind of processor, the best first: rows with fewer of which BLAS is quicker (decision 0013)."""
 _quick = ContextVar("quick", default=False)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W' + b [..., out] of x [..., in] and W [out, in], within `quick` as torch's own to rounding in float32.
 
-    torch's own elsewhere, and where a gradient is recorded, of more than MOST rows, of other types, devices or layouts.
+    torch's own elsewhere, and where a gradient is recorded, of more than MOST or less than FEWEST rows, of other types,
+    devices or layouts.
     """
     multiply = kernel() if _quick.get() else None
     if (
         multiply is None
         or weight.dtype != torch.float32
         or x.dtype != torch.float32
-        or x.numel() > MOST * weight.shape[1]
+        or not fewest() <= x.numel() / weight.shape[1] <= MOST
         or torch.is_grad_enabled()
         or not (weight.is_cpu and x.is_cpu and weight.is_contiguous())
         or (bias is not None and (bias.dtype != torch.float32 or not bias.is_contiguous()))
@@ -76,11 +79,17 @@ def forward_of_linear(layer: nn.Linear, x: Tensor) -> Tensor:
 def built() -> ctypes.CDLL | None:
     """few_rows.c and next_token.c for this processor; None where they were not built, or it is none for them."""
     # Their threads are those of torch, which has loaded OpenMP before them.
-    for name in ("few_rows_avx512", "few_rows_avx2"):
+    for name in FEWEST:
         found = library(name)
         if found is not None and found.few_rows_suit():
             return found
     return None
+
+
+@cache
+def fewest() -> int:
+    """Rows that `kernel` takes at least."""
+    return next((rows for name, rows in FEWEST.items() if library(name) is built()), 1)
 
 
 @cache

@@ -24,6 +24,12 @@ def _sampling() -> Iterator[None]:
 
 
 @pytest.fixture
+def of_any_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of rows: one is not left to torch."""
+    monkeypatch.setattr(few_rows, "fewest", lambda: 0)
+
+
+@pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Rows, width and outputs of every product that is not torch's."""
     seen: list[tuple[int, ...]] = []
@@ -44,7 +50,7 @@ def drawn(*sizes: int, seed: int = 0) -> Tensor:
 
 # Widths around parts of 128, outputs around six or twelve at once and a block of 24, rows around registers of 8 or 16;
 # the last is large enough for several threads.
-@pytest.mark.usefixtures("processor")
+@pytest.mark.usefixtures("processor", "of_any_number")
 @pytest.mark.parametrize("width", [1, 7, 16, 127, 128, 129, 576])
 @pytest.mark.parametrize("outputs", [1, 6, 13, 24, 25, 100])
 def test_products_are_those_of_float64(width: int, outputs: int) -> None:
@@ -56,7 +62,7 @@ def test_products_are_those_of_float64(width: int, outputs: int) -> None:
             assert_close(few_rows.linear(x, weight, added).double(), exact, rtol=0, atol=2e-6 * width**0.5)
 
 
-@pytest.mark.usefixtures("processor")
+@pytest.mark.usefixtures("processor", "of_any_number")
 def test_a_row_is_the_same_to_the_last_bit_whatever_stands_beside_it() -> None:
     weight, x = drawn(1000, 300), drawn(128, 300, seed=1)
     together = few_rows.linear(x, weight)
@@ -98,6 +104,14 @@ def test_nothing_is_written_beside_the_result(rows: int, width: int, outputs: in
     assert_close(room[32:-32].view(rows, outputs), x @ weight.T, rtol=0, atol=1e-4)
 
 
+@pytest.mark.usefixtures("processor")
+def test_torch_does_the_fewest(calls: list[tuple[int, ...]]) -> None:
+    weight = drawn(5, 8)
+    for rows in (1, 2, 3):
+        few_rows.linear(drawn(rows, 8), weight)
+    assert calls == [(rows, 8, 5) for rows in (1, 2, 3) if rows >= few_rows.fewest()]
+
+
 def test_it_takes_float32_rows_on_the_processor(calls: list[tuple[int, ...]]) -> None:
     few_rows.linear(drawn(3, 2, 8), drawn(5, 8), drawn(5))
     few_rows.linear(drawn(128, 8), drawn(5, 8))
@@ -133,7 +147,7 @@ def test_layers_are_quick_only_within(calls: list[tuple[int, ...]]) -> None:
         """Might compute anything."""
 
     model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), Other(6, 4), nn.Linear(4, 3, bias=False))
-    x = drawn(2, 8)
+    x = drawn(3, 8)
     usual = model(x)
     with pytest.raises(ZeroDivisionError), few_rows.quick(model):
         model(x)
@@ -141,13 +155,13 @@ def test_layers_are_quick_only_within(calls: list[tuple[int, ...]]) -> None:
             model(x)
         model(x)
         raise ZeroDivisionError
-    assert calls == 3 * [(2, 8, 6), (2, 4, 3)]
+    assert calls == 3 * [(3, 8, 6), (3, 4, 3)]
     assert torch.equal(model(x), usual) and len(calls) == 6
 
 
 def test_elsewhere_all_is_torchs(calls: list[tuple[int, ...]]) -> None:
     """In a context of its own, as another thread has, nobody is sampling."""
-    x, weight = drawn(2, 8), drawn(5, 8)
+    x, weight = drawn(3, 8), drawn(5, 8)
     assert torch.equal(Context().run(few_rows.linear, x, weight), F.linear(x, weight))
     assert calls == []
 
@@ -155,7 +169,7 @@ def test_elsewhere_all_is_torchs(calls: list[tuple[int, ...]]) -> None:
 @built
 def test_layers_compute_what_they_did() -> None:
     model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4))
-    x = drawn(2, 8)
+    x = drawn(3, 8)
     usual = model(x)
     with few_rows.quick(model):
         assert_close(model(x), usual, rtol=0, atol=1e-6)
@@ -163,7 +177,7 @@ def test_layers_compute_what_they_did() -> None:
 
 def test_without_it_all_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where no compiler was found."""
-    x, weight = drawn(2, 8), drawn(5, 8)
+    x, weight = drawn(3, 8), drawn(5, 8)
     monkeypatch.setattr(few_rows, "built", lambda: None)
     few_rows.kernel.cache_clear()
     try:
