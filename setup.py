@@ -12,7 +12,7 @@ setup(
                 depends=["src/dressage/few_rows.h"],
                 define_macros=macros,
                 # Not linked with OpenMP: its functions are found in the one that torch brings.
-                extra_compile_args=["-O3", "-fopenmp"],
+                extra_compile_args=["-O3", "-fopenmp", "-ffp-contract=fast"],
                 optional=True,
             )
             for kind, macros in {"avx2": [], "avx512": [("WITH_AVX512", None)]}.items()

@@ -10,32 +10,13 @@
 #if X86_BUILD
 
 #ifdef WITH_AVX512
-
 enum { LANES = 16, GROUPS = 4 };
-
-typedef __m512 Lanes;
-
-ALWAYS Lanes zeros(void) { return _mm512_setzero_ps(); }
-ALWAYS Lanes every(float x) { return _mm512_set1_ps(x); }
-ALWAYS Lanes load(const float *x) { return _mm512_loadu_ps(x); }
-ALWAYS void store(float *y, Lanes x) { _mm512_storeu_ps(y, x); }
-ALWAYS Lanes add_up(Lanes a, Lanes b) { return _mm512_add_ps(a, b); }
-ALWAYS Lanes multiply_add(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(a, b, c); }
-
 #else
-
 enum { LANES = 8, GROUPS = 2 };
-
-typedef __m256 Lanes;
-
-ALWAYS Lanes zeros(void) { return _mm256_setzero_ps(); }
-ALWAYS Lanes every(float x) { return _mm256_set1_ps(x); }
-ALWAYS Lanes load(const float *x) { return _mm256_loadu_ps(x); }
-ALWAYS void store(float *y, Lanes x) { _mm256_storeu_ps(y, x); }
-ALWAYS Lanes add_up(Lanes a, Lanes b) { return _mm256_add_ps(a, b); }
-ALWAYS Lanes multiply_add(Lanes a, Lanes b, Lanes c) { return _mm256_fmadd_ps(a, b, c); }
-
 #endif
+
+/* A register of rows, also where it lies in memory. */
+typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 enum {
     THREE = 3,             /* outputs in a group: so many addresses the processor makes of two registers */
@@ -70,22 +51,21 @@ ALWAYS void tile(const int groups, const int three, const int wide, const float 
 #pragma GCC unroll 16
     for (int o = 0; o < groups * three; o++)
 #pragma GCC unroll 16
-        for (int v = 0; v < wide; v++) sum[o][v] = zeros();
+        for (int v = 0; v < wide; v++) sum[o][v] = (Lanes){0};
 #pragma GCC unroll 16
     for (int g = 0; g < groups; g++) at[g] = w + g * three * in;
     for (int64_t k = 0; k < n; k++, next += share) {
         Lanes rows[WIDE];
         _mm_prefetch((const char *)next, _MM_HINT_T0);
 #pragma GCC unroll 16
-        for (int v = 0; v < wide; v++) rows[v] = load(x + (v * in + k) * LANES);
+        for (int v = 0; v < wide; v++) rows[v] = *(const Lanes *)(x + (v * in + k) * LANES);
 #pragma GCC unroll 16
         for (int g = 0; g < groups; g++) {
 #pragma GCC unroll 16
             for (int o = 0; o < three; o++) {
-                const Lanes weight = every(at[g][o * in]);
+                const float weight = at[g][o * in];
 #pragma GCC unroll 16
-                for (int v = 0; v < wide; v++)
-                    sum[g * three + o][v] = multiply_add(rows[v], weight, sum[g * three + o][v]);
+                for (int v = 0; v < wide; v++) sum[g * three + o][v] += rows[v] * weight;
             }
             at[g]++;
         }
@@ -93,10 +73,7 @@ ALWAYS void tile(const int groups, const int three, const int wide, const float 
 #pragma GCC unroll 16
     for (int o = 0; o < groups * three; o++)
 #pragma GCC unroll 16
-        for (int v = 0; v < wide; v++) {
-            float *whole = sums[o] + v * LANES;
-            store(whole, add_up(load(whole), sum[o][v]));
-        }
+        for (int v = 0; v < wide; v++) *(Lanes *)(sums[o] + v * LANES) += sum[o][v];
 }
 
 /* y [n, outs] of n rows in `wide` panels, added to what is there with `add`. */
@@ -104,7 +81,7 @@ ALWAYS void panels(const int wide, const float *x, const float *w, const float *
                    int64_t in, int64_t out, int add, const float *next, int64_t share) {
     float sums[BLOCK][WIDE * LANES];
     for (int64_t o = 0; o < outs; o++)
-        for (int v = 0; v < wide; v++) store(sums[o] + v * LANES, zeros());
+        for (int v = 0; v < wide; v++) *(Lanes *)(sums[o] + v * LANES) = (Lanes){0};
     for (int64_t k = 0; k < in; k += PART) {
         const int64_t many = k + PART < in ? PART : in - k;
         int64_t o = 0;
