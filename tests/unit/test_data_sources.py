@@ -14,8 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dressage.data.formats import FORMATS, BadRow
+from dressage.data.formats import FORMATS
 from dressage.data.sources import read_demonstrations, read_prompts, read_rankings, read_ratings
+from dressage.data.values import BadRow
 from dressage.errors import DataError
 from dressage.schema import Demonstration, Message, Prompt, Ranking, Rating
 

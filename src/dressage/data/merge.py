@@ -9,8 +9,8 @@ from statistics import fmean, pstdev
 from typing import Literal
 
 from dressage.algorithms.rating import Game, Strengths, bradley_terry, elo, games_of
-from dressage.data.formats import dense_ranks
 from dressage.data.prepare import EncodedRanking
+from dressage.data.values import dense_ranks
 from dressage.errors import DataError
 from dressage.schema import Prompt, Ranking
 

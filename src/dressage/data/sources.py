@@ -16,7 +16,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Generic, Literal, TypeVar, cast
 
-from dressage.data.formats import FORMATS, BadRow, Format, aimed
+from dressage.data.formats import FORMATS, Format
+from dressage.data.parsers import aimed
+from dressage.data.values import BadRow
 from dressage.errors import DataError
 from dressage.schema import Demonstration, Prompt, Ranking, Rating
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from rich.console import Console
 
-from dressage.data.formats import BadRow, own_answers
+from dressage.data.parsers import own_answers
 from dressage.data.template import ChatTemplate
+from dressage.data.values import BadRow
 from dressage.errors import DataError
 from dressage.feedback.annotator import gold_score
 from dressage.monitor.writers import write_whole
