@@ -31,20 +31,22 @@ REFERENCE = {"seconds": 0.0}
 
 def count_positions() -> None:
     """Counts what goes into the first layer while a gradient is recorded, and what of it are real tokens."""
-    plain, known = Role.hidden, set()
+    plain = Role.hidden
 
     def computed(_: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-        if torch.is_grad_enabled():
-            states = given[0] if given else named["hidden_states"]
-            COMPUTED["positions"] += states.shape[:-1].numel()
+        states = given[0] if given else named["hidden_states"]
+        COMPUTED["positions"] += states.shape[:-1].numel()
 
     def hidden(role: Role, tokens: torch.Tensor, attention_mask: torch.Tensor, *rest: Any, **named: Any) -> Any:
-        if id(role.backbone) not in known:
-            known.add(id(role.backbone))
-            role.backbone.layers[0].register_forward_pre_hook(computed, with_kwargs=True)
-        if torch.is_grad_enabled():
-            COMPUTED["real"] += int(attention_mask.sum())
-        return plain(role, tokens, attention_mask, *rest, **named)
+        if not torch.is_grad_enabled():
+            return plain(role, tokens, attention_mask, *rest, **named)
+        COMPUTED["real"] += int(attention_mask.sum())
+        # Only for as long as it counts: a model with hooks is not decoded by next_token.c.
+        counting = role.backbone.layers[0].register_forward_pre_hook(computed, with_kwargs=True)
+        try:
+            return plain(role, tokens, attention_mask, *rest, **named)
+        finally:
+            counting.remove()
 
     Role.hidden = hidden  # type: ignore[method-assign]
 
