@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from dressage.config import LoraConfig
 from dressage.errors import CheckpointError
 from dressage.models.lora import LoraLinear, keep_all, keep_halves
-from dressage.models.norms import write_out
 
 if TYPE_CHECKING:
     from dressage.models.reading import Trunk
@@ -34,8 +33,6 @@ class Backbone:
         """What its lowest layers made of texts, while that is worth remembering."""
         self.reads_trees: bool | None = None
         """Whether it can be given a batch as a tree; None: nobody has asked."""
-        for module in model.modules():
-            write_out(module)
 
     @property
     def depth(self) -> int:

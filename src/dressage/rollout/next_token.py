@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from dressage import few_rows
 from dressage.batches import Ints
-from dressage.models import lora, norms
+from dressage.models import lora
 
 LANES = 8
 """next_token.c cuts rows into so many numbers, and leaves none over."""
@@ -45,7 +45,7 @@ class _Sizes(ctypes.Structure):
 
 _LISTENING = (module_hooks._global_forward_hooks, module_hooks._global_forward_pre_hooks)
 """Those who listen to all modules there are."""
-_OURS = (few_rows.forward_of_linear, lora.forward_of_gated, norms.forward_of_norm)
+_OURS = (few_rows.forward_of_linear, lora.forward_of_gated)
 """In the place of a module's own forward pass, and the same."""
 _ATTENTION = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "output"}
 _MLP = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
