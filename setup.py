@@ -11,7 +11,8 @@ setup(
                 ["src/dressage/few_rows.c", "src/dressage/next_token.c"],
                 depends=["src/dressage/few_rows.h"],
                 define_macros=macros,
-                # Not linked with OpenMP: its functions are found in the one that torch brings.
+                # Not linked with OpenMP: its functions are found in the one that torch brings. A product and its sum
+                # are rounded once, whoever compiles.
                 extra_compile_args=["-O3", "-fopenmp", "-ffp-contract=fast"],
                 optional=True,
             )

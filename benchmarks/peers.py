@@ -74,7 +74,7 @@ def peers(
     model: str,
     pythons: Mapping[str, str],
     types: Sequence[str],
-    weights: Sequence[str] = tuple(WEIGHTS),
+    weights: Sequence[str] = WEIGHTS,
 ) -> list[Subject]:
     """Everybody else's side of a piece of work."""
     found: list[Subject] = []

@@ -39,9 +39,13 @@ PPO: Mapping[str, Sequence[str]] = {
     "ours, LoRA, critic on the policy's trunk, within 1.6 GB": ("value.start=zero", "training.memory_gb=1.6"),
 }
 GRPO: Mapping[str, Sequence[str]] = {"ours, LoRA": (), "ours, LoRA, the engine's log-probs": (ENGINES,)}
+WEIGHTS = ("LoRA", "all weights")
+OFFLINE: Mapping[str, Sequence[str]] = {
+    "ours, LoRA": (),
+    "ours, all weights": ("lora=null",),
+    "ours, all weights, within 3 GB": ("lora=null", "training.memory_gb=3.0"),
+}
 """By name, what differs from the settings that a run has without saying."""
-
-WEIGHTS: Mapping[str, Sequence[str]] = {"LoRA": (), "all weights": ("lora=null",)}
 
 
 def near_a_hundred_characters(answers: Sequence[str], **_: Any) -> list[float]:
@@ -66,9 +70,7 @@ def prepare(data: Path, out: Path, steps: int) -> dict[str, Any]:
     return found
 
 
-def ours(
-    work: str, out: Path, steps: int, more: Sequence[str] = (), weights: Sequence[str] = tuple(WEIGHTS)
-) -> list[Subject]:
+def ours(work: str, out: Path, steps: int, more: Sequence[str] = (), weights: Sequence[str] = WEIGHTS) -> list[Subject]:
     """Our side of a piece of work."""
     if work == "sampling":
         asked = {"batches": BATCHES, "prompt": 48, "new": NEW, "rounds": 2}
@@ -91,7 +93,7 @@ def ours(
         common.append(f"rewards.near={{type: function, function: {function}}}")
         variants, verb = GRPO, "ppo"
     else:
-        variants, verb = {f"ours, {name}": own for name, own in WEIGHTS.items() if name in weights}, work
+        variants, verb = {name: own for name, own in OFFLINE.items() if name.split(", ")[1] in weights}, work
     return [
         Subject(
             work,
@@ -143,7 +145,7 @@ def options(about: str, out: str, *, steps: int, repeats: int) -> argparse.Argum
     taken.add_argument(
         "--weights",
         nargs="+",
-        choices=tuple(WEIGHTS),
+        choices=WEIGHTS,
         default=list(WEIGHTS),
         help="what learns, where both are measured",
     )
