@@ -40,11 +40,7 @@ PPO: Mapping[str, Sequence[str]] = {
 }
 GRPO: Mapping[str, Sequence[str]] = {"ours, LoRA": (), "ours, LoRA, the engine's log-probs": (ENGINES,)}
 WEIGHTS = ("LoRA", "all weights")
-OFFLINE: Mapping[str, Sequence[str]] = {
-    "ours, LoRA": (),
-    "ours, all weights": ("lora=null",),
-    "ours, all weights, within 3 GB": ("lora=null", "training.memory_gb=3.0"),
-}
+OFFLINE: Mapping[str, Sequence[str]] = {"ours, LoRA": (), "ours, all weights": ("lora=null",)}
 """By name, what differs from the settings that a run has without saying."""
 
 
@@ -93,7 +89,7 @@ def ours(work: str, out: Path, steps: int, more: Sequence[str] = (), weights: Se
         common.append(f"rewards.near={{type: function, function: {function}}}")
         variants, verb = GRPO, "ppo"
     else:
-        variants, verb = {name: own for name, own in OFFLINE.items() if name.split(", ")[1] in weights}, work
+        variants, verb = {name: own for name, own in OFFLINE.items() if name.removeprefix("ours, ") in weights}, work
     return [
         Subject(
             work,

@@ -15,7 +15,7 @@ from dressage.errors import ConfigError
 from dressage.models.files import load_backbone
 from dressage.monitor.memory import has_arena
 from dressage.settings import ModelConfig
-from dressage.training.cost import CHUNK, KEPT, LOGITS, PROCESS_BYTES, Reader, Shape, within
+from dressage.training.cost import CHUNK, KEPT, LOGITS, PROCESS_BYTES, Reader, Shape, memory_of, shape_of, within
 
 SHAPE = Shape(
     weights=100_000_000, layer_weights=3_000_000, layer_ends=10_000, spared=2_000, depth=30, width=576,
@@ -69,6 +69,27 @@ def test_dry_run_and_run_agree(tiny_model: Path, tmp_path: Path) -> None:
         assert ran.exit_code == 0, ran.output
         told.append(next(line for line in ran.stdout.splitlines() if "micro-batch" in line))
     assert told[0] == told[1] != told[2]
+
+
+def test_a_text_beyond_the_budget_is_told(tiny_model: Path, tmp_path: Path) -> None:
+    """Micro-batches are of whole texts: one that is larger than the budget's is computed all the same."""
+    model, lora = ModelConfig(name=str(tiny_model), system=""), LoraConfig(rank=4, alpha=8)
+    shape = shape_of(model)
+    reader = Reader(shape, lora)
+    budget = (memory_of(shape, shape.weights, reader.learning, 0.0) + 64.5 * reader.kept_bytes) / 1e9
+    told = {}
+    for words in (1, 60):
+        data = tmp_path / f"{words}.jsonl"
+        data.write_text(f'{{"prompt": "Question?", "completion": "{"Answer. " * words}"}}\n' * 20)
+        asked = [
+            "sft", f"model.name={tiny_model}", "model.system=", f'data.sources=["{data}"]', "lora={rank: 4, alpha: 8}",
+            f"training.memory_gb={budget}", "--out", str(tmp_path / "out"), "--dry-run",
+        ]  # fmt: skip
+        ran = CliRunner().invoke(app, asked)
+        assert ran.exit_code == 0, ran.output
+        told[words] = " ".join(ran.stdout.split())
+    assert "above training.memory_gb" not in told[1]
+    assert f"above training.memory_gb={budget}: no text or ranking is cut; one has" in told[60]
 
 
 def test_too_little_is_said_before_anything_is_loaded(

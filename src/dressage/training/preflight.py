@@ -135,7 +135,7 @@ class Foresight:
             f" {_lengths(train)}{_if_known(known)}",
             "work": f"{steps} steps of {training.batch_size} rows, each one update, in {_pieces(cut)}"
             f" of at most {most} padded tokens; {padded:.0f} tokens a step",
-            **self._taken(shape, flops, [reader], micro_batch=most),
+            **self._taken(shape, flops, [reader], micro_batch=most, budget=training.memory_gb),
         }
 
     def _ppo(self, config: PpoConfig) -> Said:
@@ -225,6 +225,7 @@ class Foresight:
                 steps * flops,
                 learners,
                 micro_batch=most,
+                budget=training.memory_gb,
                 cached=cached,
                 merged=merged,
                 copies=copies,
@@ -271,6 +272,7 @@ class Foresight:
         learners: Sequence[Reader] = (),
         *,
         micro_batch: int = 0,
+        budget: float | None = None,
         cached: int = 0,
         merged: int = 0,
         copies: int = 1,
@@ -278,14 +280,17 @@ class Foresight:
     ) -> Said:
         """Memory and time in words, remembered for the sum.
 
-        `cached`: tokens whose keys and values are kept; `merged`: weights copied for the time of sampling; `others`:
-        models in memory beside the `copies` of this one.
+        `budget`: training.memory_gb; `cached`: tokens whose keys and values are kept; `merged`: weights copied for the
+        time of sampling; `others`: models in memory beside the `copies` of this one.
         """
         learning = sum(learner.learning for learner in learners)
         frozen = frozen_weights(shape, copies, others, learners)
         activations = micro_batch * max((learner.kept_bytes for learner in learners), default=0.0)
         sampling = (cached * shape.depth * shape.cached + merged) * shape.bytes_each
         memory = memory_of(shape, frozen, learning, max(activations, sampling))
+        over = ""
+        if budget is not None and activations > sampling and memory > budget * 1e9:
+            over = f", above training.memory_gb={budget}: no text or ranking is cut; one has {micro_batch} tokens"
         speed = product_speed(torch.bfloat16 if shape.bytes_each == 2 else torch.float32)
         seconds = OVERHEAD * flops / speed
         self.memory.append(memory)
@@ -295,7 +300,7 @@ class Foresight:
             if learners
             else {}
         ) | {
-            "memory": f"about {memory / 1e9:.1f} GB",
+            "memory": f"about {memory / 1e9:.1f} GB{over}",
             "time": f"about {clock(seconds)} ({flops:.1e} operations, products at {speed / 1e9:.0f} GFLOP/s)",
         }
 
