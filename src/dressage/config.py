@@ -105,8 +105,10 @@ class RolloutConfig(Settings):
     engine: Literal["native", "huggingface"] = "native"
     max_batch: Positive = 64
     """Answers decoded at once."""
-    reuse_engine_logprobs: bool = False
-    """Take the sampler's log-probs for the policy's own, once the first step has shown them equal to 1e-3."""
+    reuse_engine_logprobs: bool | None = None
+    """Take the sampler's log-probs for the policy's own, where nothing else is asked of it: a reading less. In each
+    round two answers show first that both agree to 1e-3; where they do not, true is an error. None: in float32 so, and
+    where they do not agree, or in bfloat16, all answers are read."""
 
     @model_validator(mode="after")
     def _what_is_trained_is_what_is_sampled(self) -> RolloutConfig:

@@ -62,9 +62,10 @@ class _TokenLogprobs(torch.autograd.Function):
             logprobs[part] = logits.gather(-1, targets[part, None])[:, 0] - normaliser[part]
             if slope is None and not with_entropy:
                 continue
-            probs = (logits - normaliser[part, None]).exp_()
+            logp = logits.sub_(normaliser[part, None])
+            probs = logp.exp() if with_entropy else logp.exp_()
             if with_entropy:
-                entropy[part] = normaliser[part] - torch.linalg.vecdot(probs, logits)
+                entropy[part] = -torch.linalg.vecdot(probs, logp)
             if slope is not None:
                 slope[part] = (weight[targets[part]] - probs.to(weight.dtype) @ weight) / temperature
         ctx.save_for_backward(hidden, weight, bias, targets, normaliser, entropy, slope)
@@ -87,19 +88,22 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=exact) if needs_bias else None
         for start in range(0, hidden.shape[0], ctx.chunk):
             part = slice(start, start + ctx.chunk)
-            logp = _logits(hidden[part], weight, bias, ctx.temperature) - normaliser[part, None]
-            probs = logp.exp()
+            logp = _logits(hidden[part], weight, bias, ctx.temperature).sub_(normaliser[part, None])
             # d logprob / d logits = onehot - p;  d entropy / d logits = -p (log p + entropy).
-            grad = probs * -of_logprobs[part, None]
-            if of_entropy is not None:
-                grad -= probs * (logp + entropy[part, None]) * of_entropy[part, None]
+            if of_entropy is None:
+                grad = logp.exp_().mul_(-of_logprobs[part, None])
+            else:
+                probs = logp.exp()
+                grad = logp.add_(entropy[part, None]).mul_(-of_entropy[part, None]).sub_(of_logprobs[part, None])
+                grad.mul_(probs)
             grad.scatter_add_(-1, targets[part, None], of_logprobs[part, None])
-            grad /= ctx.temperature
+            if ctx.temperature != 1.0:
+                grad /= ctx.temperature
             narrow = grad.to(weight.dtype)
             if grad_hidden is not None:
                 grad_hidden[part] = narrow @ weight
             if grad_weight is not None:
-                grad_weight += narrow.T @ hidden[part]
+                _add_product(grad_weight, narrow.T, hidden[part])
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
         return (
@@ -108,6 +112,14 @@ class _TokenLogprobs(torch.autograd.Function):
             None if grad_bias is None else grad_bias.to(bias.dtype),
             *[None] * 4,
         )
+
+
+def _add_product(to: Tensor, left: Tensor, right: Tensor) -> None:
+    """to += left @ right, without a matrix in between where all are of one type."""
+    if to.dtype == left.dtype:
+        to.addmm_(left, right)
+    else:
+        to += left @ right
 
 
 def full_kl(

@@ -18,12 +18,12 @@ from dressage.settings import ModelConfig
 from dressage.training.cost import CHUNK, KEPT, LOGITS, PROCESS_BYTES, Reader, Shape, memory_of, shape_of, within
 
 SHAPE = Shape(
-    weights=100_000_000, layer_weights=3_000_000, layer_ends=10_000, spared=2_000, depth=30, width=576,
+    weights=100_000_000, layer_weights=3_000_000, layer_ends=10_000, layer_kept=8_000, depth=30, width=576,
     vocabulary=50_000, cached=384, bytes_each=4,
 )  # fmt: skip
 READER = Reader(SHAPE, LoraConfig(rank=16, alpha=32, layers=10))
 FIXED = PROCESS_BYTES + 4 * 100_000_000 + 16 * (10 * 10_000 * 16) + LOGITS * CHUNK * 50_000 * 4
-EACH = KEPT[has_arena()] * 10 * (10_000 - 2_000) * 4
+EACH = KEPT[has_arena()] * 10 * 8_000 * 4
 
 
 def test_tokens_by_hand() -> None:
@@ -77,19 +77,22 @@ def test_a_text_beyond_the_budget_is_told(tiny_model: Path, tmp_path: Path) -> N
     shape = shape_of(model)
     reader = Reader(shape, lora)
     budget = (memory_of(shape, shape.weights, reader.learning, 0.0) + 64.5 * reader.kept_bytes) / 1e9
-    told = {}
+    told, while_running = {}, {}
     for words in (1, 60):
         data = tmp_path / f"{words}.jsonl"
         data.write_text(f'{{"prompt": "Question?", "completion": "{"Answer. " * words}"}}\n' * 20)
         asked = [
             "sft", f"model.name={tiny_model}", "model.system=", f'data.sources=["{data}"]', "lora={rank: 4, alpha: 8}",
-            f"training.memory_gb={budget}", "--out", str(tmp_path / "out"), "--dry-run",
+            f"training.memory_gb={budget}", "--out", str(tmp_path / f"out-{words}"), "training.steps=1",
         ]  # fmt: skip
-        ran = CliRunner().invoke(app, asked)
-        assert ran.exit_code == 0, ran.output
-        told[words] = " ".join(ran.stdout.split())
+        for said, more in ((told, ["--dry-run"]), (while_running, [])):
+            ran = CliRunner().invoke(app, [*asked, *more])
+            assert ran.exit_code == 0, ran.output
+            said[words] = " ".join(ran.output.split())
     assert "above training.memory_gb" not in told[1]
     assert f"above training.memory_gb={budget}: no text or ranking is cut; one has" in told[60]
+    assert "has room for" not in while_running[1]
+    assert f"training.memory_gb={budget} has room for 64 tokens at once, and no text or ranking" in while_running[60]
 
 
 def test_too_little_is_said_before_anything_is_loaded(

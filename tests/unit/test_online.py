@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,13 @@ from dressage.algorithms.catalog import algorithm
 from dressage.algorithms.trust_region import exact_kl
 from dressage.batches import Experience, PreferenceBatch, SupervisedBatch, select
 from dressage.config import LoraConfig, OptimizerConfig, PpoConfig
-from dressage.errors import ConfigError
+from dressage.errors import ConfigError, EngineError
 from dressage.models.files import load_backbone, weights_hash
 from dressage.models.roles import Role, ScalarHead
 from dressage.models.scoring import score_logits, score_tokens, score_values
 from dressage.monitor.writers import read_metrics
 from dressage.recipe import load_stage, read_yaml, recipes
-from dressage.schema import Reward, Rollout
+from dressage.schema import Completion, Reward, Rollout
 from dressage.settings import ModelConfig
 from dressage.training.batch_sources import RolloutSource
 from dressage.training.online import online_algorithm
@@ -83,7 +84,7 @@ def test_each_recipe_trains_a_policy(
     assert ("kept/share" in first) == (row.teach is not None)
     assert ("trust_region/kl" in first) == (name == "trpo")
     assert row.advantage is None or first["ratio/first_max_error"] < 1e-4
-    assert first["gradient/norm"] > 0
+    assert first["gradient/norm"] > 0 and first["time/rollout_tokens_per_second"] > 0
 
 
 def test_the_kl_over_the_vocabulary_is_priced_learnt_and_logged(
@@ -263,6 +264,48 @@ def odd(rollout: Rollout) -> float:
     """Answers differ for every second person only."""
     named = next(number for number, name in enumerate(NAMES) if name in rollout.prompt.text)
     return float(sum(rollout.completion.tokens)) if named % 2 else 0.25
+
+
+class OffKey:
+    """A sampler whose log-probs are not the policy's."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+
+    def generate(self, *asked: Any) -> list[Completion]:
+        return [
+            replace(one, logprobs=tuple(value - 0.01 for value in one.logprobs)) for one in self.engine.generate(*asked)
+        ]
+
+
+@pytest.mark.parametrize("reuse", ["null", "true", "false"])
+def test_the_samplers_logprobs_are_taken_where_they_are_the_policys(reuse: str, made: Path, tiny_model: Path) -> None:
+    """A policy that is read only for a few answers, unless its sampler is off key, or it is to be read."""
+    drawn = source("rloo", made, tiny_model, Judge(odd), f"rollout.reuse_engine_logprobs={reuse}")
+    found = drawn.draw(0)
+    ((batch,),) = found.updates
+    assert isinstance(batch, Experience)
+    answer = batch.response_mask
+    sampled, own = batch.engine_logprobs[answer], batch.old_logprobs[answer]
+    assert torch.equal(own, sampled) == (reuse != "false")
+    assert torch.allclose(own, sampled, atol=1e-4)
+    assert 0 < found.metrics["engine/max_logprob_difference"] < 1e-4  # known although nothing else was read
+    drawn.engine = OffKey(drawn.engine)  # type: ignore[assignment]
+    if reuse == "true":
+        with pytest.raises(EngineError, match=r"^rollout\.reuse_engine_logprobs: .* by 1\.0e-02, above 0\.001; set it"):
+            drawn.draw(0)
+        return
+    again = drawn.draw(0)
+    ((batch,),) = again.updates
+    assert isinstance(batch, Experience) and torch.allclose(batch.old_logprobs[answer], own, atol=1e-4)
+    assert again.metrics["engine/max_logprob_difference"] == pytest.approx(0.01, abs=1e-4)
+
+
+def test_a_policy_that_is_read_for_its_values_tells_its_logprobs_too(made: Path, tiny_model: Path) -> None:
+    drawn = source("rloo", made, tiny_model, Judge(odd), "kl={coef: 0.1, estimator: full}")
+    batch = experience_of(drawn)
+    answer = batch.response_mask
+    assert not torch.equal(batch.old_logprobs[answer], batch.engine_logprobs[answer])
 
 
 def test_groups_without_spread_are_left_out_and_drawn_again(made: Path, tiny_model: Path) -> None:

@@ -272,7 +272,8 @@ def test_answers_to_one_prompt_are_cut_beside_each_other() -> None:
     assert length_sorted_chunks(lengths, 18, beside=prompts) == [[1, 4], [0, 3], [2]]
     assert length_sorted_chunks(lengths, 21, beside=prompts) == [[1, 4], [0, 3, 2]]
     assert length_sorted_chunks(lengths, 27, beside=prompts) == [[1, 4, 0], [3, 2]]
-    assert length_sorted_chunks(lengths, 18) == [[1], [4, 0], [2, 3]]
+    # 16, 10 and 9 padded tokens.
+    assert length_sorted_chunks(lengths, 18) == [[4, 0], [2, 3], [1]]
     # A longer row that follows shorter ones counts.
     assert length_sorted_chunks([2, 9, 2, 8], 18, beside=["a", "a", "a", "b"]) == [[1, 0], [2, 3]]
 

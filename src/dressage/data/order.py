@@ -34,12 +34,12 @@ def length_sorted_chunks(
     group: Sequence[Hashable] | None = None,
     beside: Sequence[Hashable] | None = None,
 ) -> list[list[int]]:
-    """Cut a batch into micro-batches of at most `max_tokens` padded tokens (rows x longest), the longest rows first.
+    """Cut a batch into micro-batches of at most `max_tokens` padded tokens (rows x longest), like lengths together.
 
-    No more of them than that takes, and as even as so many can be: the largest is what memory has to hold. Rows of one
-    `group` stay together, in their order. A row or group that is over the budget by itself is a micro-batch by itself.
-    Rows that are equal in `beside` follow each other, and are cut apart where the budget ends, however uneven that is.
-    Returns row indices; every row is in exactly one list.
+    No more of them than that takes, and as even as so many can be: the largest is what memory has to hold, and comes
+    first, when there are no gradients yet. Rows of one `group` stay together, in their order. A row or group that is
+    over the budget by itself is a micro-batch by itself. Rows that are equal in `beside` follow each other, and are cut
+    apart where the budget ends, however uneven that is. Returns row indices; every row is in exactly one list.
     """
     together: dict[Hashable, list[int]] = {}
     for row, _ in enumerate(lengths):
@@ -68,4 +68,5 @@ def length_sorted_chunks(
     if beside is not None and len(set(beside)) < len(beside):
         return chunks  # evener ones would part more of what is to stay together
     fewest = len(chunks)
-    return cut(bisect_left(range(max_tokens), True, key=lambda budget: len(cut(budget)) <= fewest))
+    chunks = cut(bisect_left(range(max_tokens), True, key=lambda budget: len(cut(budget)) <= fewest))
+    return sorted(chunks, key=lambda rows: -len(rows) * max(lengths[row] for row in rows))

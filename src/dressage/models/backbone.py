@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 
 from dressage.config import LoraConfig
 from dressage.errors import CheckpointError
-from dressage.models.lora import LoraLinear, keep_all, keep_halves
+from dressage.models.frugal import Parts, frugal_parts
+from dressage.models.lora import LoraLinear
 
 if TYPE_CHECKING:
     from dressage.models.reading import Trunk
@@ -33,6 +35,12 @@ class Backbone:
         """What its lowest layers made of texts, while that is worth remembering."""
         self.reads_trees: bool | None = None
         """Whether it can be given a batch as a tree; None: nobody has asked."""
+
+    @cached_property
+    def frugal_parts(self) -> Parts:
+        """What in its layers keeps less while it learns."""
+        with self.using(None):
+            return frugal_parts(self.layers)
 
     @property
     def depth(self) -> int:
@@ -71,8 +79,6 @@ class Backbone:
             linear.up[name] = nn.Parameter(torch.zeros(out_features, config.rank, device=self.device))
             linear.scale[name] = config.alpha / config.rank
             linear.dropout[name] = config.dropout
-        for path in {path.rpartition(".")[0] for path in targets}:
-            keep_halves(self.model.get_submodule(path))
         self.configs[name] = (config, targets)
         self.first_layer[name] = first
 
@@ -186,7 +192,6 @@ class Backbone:
         for path, linear in list(self.linears.items()):
             if not linear.down:
                 parent, _, leaf = path.rpartition(".")
-                keep_all(self.model.get_submodule(parent))
                 setattr(self.model.get_submodule(parent), leaf, linear.base)
                 del self.linears[path]
 
@@ -224,6 +229,11 @@ def _layers(decoder: nn.Module, count: int) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise ValueError(f"{type(decoder).__name__} has no list of {count} layers")
+
+
+def linear_shapes(layer: nn.Module) -> list[tuple[int, int]]:
+    """Outputs and inputs of every linear layer in there."""
+    return [_shape(linear, not isinstance(linear, nn.Linear)) for linear in layer.modules() if _is_linear(linear)]
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from typing import Any, NoReturn
 
@@ -19,6 +20,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from dressage.batches import Ints, Mask
 from dressage.models.backbone import Backbone
+from dressage.models.frugal import keeping_little, made
 from dressage.tensors import position_ids
 
 ATTENTION = "dressage_tree"
@@ -107,7 +109,8 @@ def states_of(backbone: Backbone, inputs: Mapping[str, Any], *, first: int = 0, 
 
     `inputs` as the decoder takes them; for a later `first` its inputs_embeds are the states before that layer.
     """
-    with _beginning(backbone, first):
+    little = keeping_little(backbone.frugal_parts) if torch.is_grad_enabled() else nullcontext()
+    with _beginning(backbone, first), little:
         if last is None or last == backbone.depth:
             hidden: Tensor = backbone.decoder(**inputs).last_hidden_state
             return hidden
@@ -292,7 +295,11 @@ def _attention(
     mixed = F.scaled_dot_product_attention(
         query, key, value, is_causal=True, scale=scaling, enable_gqa=key.shape[1] != query.shape[1]
     )
-    found = F.embedding(tree.first, mixed.transpose(1, 2).flatten(0, 1).flatten(1))
+
+    def of_each(mixed: Tensor) -> Tensor:
+        return F.embedding(tree.first, mixed.transpose(1, 2).flatten(0, 1).flatten(1))
+
+    found = made(of_each(mixed), partial(of_each, mixed.detach()))
     return found.unflatten(-1, (mixed.shape[1], -1))[None], None
 
 

@@ -78,7 +78,7 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
     "gradient/norm": (10, math.inf),  # times its median
     "loss/heldout": (1.05, math.inf),  # times its lowest
     "accuracy/heldout": (0.6, 0.5),  # a reward model's; below
-    "ratio/first_max_error": (1e-4, 1e-2),
+    "ratio/first_max_error": (1e-3, 1e-2),
     "engine/max_logprob_difference": (1e-3, 1e-1),
     "reward/score_mean": (2.0, 4.0),  # standard errors that gold has fallen from its best while the score has not
     "reward/score_std": (1e-3, 0.0),  # below

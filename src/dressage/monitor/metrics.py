@@ -278,18 +278,20 @@ _TABLE = (
         "",
         "At the first minibatch nothing has been learnt yet, so new and old probability of every token must be equal: "
         "the largest departure of their ratio from 1.",
-        "below 0.0001",
+        "below 0.001",
         decimals=6,
     ),
     Metric(
         "engine/max_logprob_difference",
         "nats",
-        "Largest difference between a token's log-probability as sampled and as recomputed for learning.",
+        "Largest difference between a token's log-probability as sampled and as recomputed for learning (on two "
+        "answers where the sampler's are then taken).",
         "below 0.001 in float32",
         decimals=6,
     ),
     # Where the time goes
     Metric("time/rollout_seconds", "s", "Seconds of a step spent writing answers.", decimals=2),
+    Metric("time/rollout_tokens_per_second", "tokens/s", "Tokens of answers written in a second of that.", decimals=0),
     Metric("time/score_seconds", "s", "Seconds of a step spent scoring them.", decimals=2),
     Metric("time/update_seconds", "s", "Seconds of a step spent learning.", decimals=2),
 )

@@ -45,8 +45,6 @@ class _Sizes(ctypes.Structure):
 
 _LISTENING = (module_hooks._global_forward_hooks, module_hooks._global_forward_pre_hooks)
 """Those who listen to all modules there are."""
-_OURS = (few_rows.forward_of_linear, lora.forward_of_gated)
-"""In the place of a module's own forward pass, and the same."""
 _ATTENTION = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "output"}
 _MLP = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
 
@@ -217,8 +215,8 @@ def _children(module: Any, names: set[str]) -> bool:
 
 
 def _undisturbed(module: nn.Module) -> bool:
-    """Nobody listens to it, and its forward pass is its class's, or one of ours that computes the same."""
+    """Nobody listens to it, and its forward pass is its class's, or ours that computes the same."""
     forward = vars(module).get("forward")
     return not (module._forward_hooks or module._forward_pre_hooks) and (
-        forward is None or getattr(forward, "func", None) in _OURS
+        forward is None or getattr(forward, "func", None) is few_rows.forward_of_linear
     )

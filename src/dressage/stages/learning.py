@@ -258,6 +258,15 @@ def _train(
     console: Console | None,
     evaluate: Callable[[], Mapping[str, float]] | None = None,
 ) -> None:
+    if console and isinstance(source, DatasetSource) and (budget := config.training.memory_gb) is not None:
+        longest = max(source.collate([row]).tokens.numel() for row in source.rows)
+        if longest > learner.micro_batch_tokens:
+            console.print(
+                f"  training.memory_gb={budget} has room for {learner.micro_batch_tokens} tokens at once, and no text"
+                f" or ranking is cut: the largest, of {longest}, will take more; data.max_tokens leaves it out",
+                highlight=False,
+                soft_wrap=True,
+            )
     train(
         source,
         learner,

@@ -51,6 +51,9 @@ TRUNK_BYTES = 256 << 20
 """Kept at most of what the layers below every adapter make of a round's answers."""
 SHOWN = 2
 """Answers a round that are shown."""
+PROOF, ALIKE = 2, 1e-3
+"""Answers a round on which sampler and policy are compared before the sampler's log-probs are taken, and how far they
+may be apart, in nats."""
 
 
 class DatasetSource(Generic[Row]):
@@ -93,6 +96,8 @@ class Draw:
     rewards: Sequence[Reward]
     seconds: float
     """Spent writing them."""
+    written: int
+    """Tokens written, those of answers that were not kept among them."""
     alike_share: float
     """Of the prompts asked, those whose answers all scored the same."""
 
@@ -133,7 +138,8 @@ class RolloutSource:
         drawn = self._draw(step)
         rollouts, rewards = drawn.rollouts, drawn.rewards
         samples = tensors_of(rollouts, self.template.pad_token)
-        old_logprobs, values, token_kl = self._own_scores(samples, step)
+        apart = self._apart(samples)
+        old_logprobs, values, token_kl = self._own_scores(samples, sampled=apart is not None)
         ref_logprobs = logprobs_of(self.reference, samples, config.rollout.temperature)
         if token_kl is None:
             token_kl = ESTIMATORS[config.kl.estimator](old_logprobs, ref_logprobs)
@@ -160,9 +166,12 @@ class RolloutSource:
                 "distinct/share": distinct(rollout.text for rollout in rollouts),
                 "kl/coef": self.kl_coef,
                 "time/rollout_seconds": drawn.seconds,
+                "time/rollout_tokens_per_second": drawn.written / drawn.seconds,
                 "time/score_seconds": time.perf_counter() - began - drawn.seconds,
             }
         )
+        if apart is not None:
+            metrics["engine/max_logprob_difference"] = apart
         if values is not None:
             metrics["value/explained_variance"] = report.explained_variance
         if config.rollout.answers_per_prompt > 1:
@@ -223,11 +232,12 @@ class RolloutSource:
         tries = 1 + online_settings(self.algorithm).redraws
         wanted = self.config.rollout.prompts_per_step * self.config.rollout.answers_per_prompt
         kept: list[tuple[Rollout, Reward]] = []
-        seconds, asked, alike = 0.0, 0, 0
+        seconds, written, asked, alike = 0.0, 0, 0, 0
         for number in range(step * tries, (step + 1) * tries):
             began = time.perf_counter()
             rollouts = self._sample(number, first_group=asked // self.config.rollout.answers_per_prompt)
             seconds += time.perf_counter() - began
+            written += sum(len(rollout.completion.tokens) for rollout in rollouts)
             scored = list(zip(rollouts, self.scorer.score(rollouts), strict=True))
             differ = unlike(self._earned(scored), torch.tensor([rollout.group for rollout in rollouts])).tolist()
             asked, alike = asked + len(scored), alike + differ.count(False)
@@ -236,7 +246,7 @@ class RolloutSource:
                 break
         # If nothing differs anywhere there is nothing to learn, but there are answers to report.
         rows = kept[:wanted] or scored
-        return Draw([rollout for rollout, _ in rows], [reward for _, reward in rows], seconds, alike / asked)
+        return Draw([rollout for rollout, _ in rows], [reward for _, reward in rows], seconds, written, alike / asked)
 
     def _sample(self, number: int, first_group: int) -> list[Rollout]:
         """Answers to the prompts of this draw, counted over the whole run."""
@@ -291,30 +301,49 @@ class RolloutSource:
             "max_length": config.rollout.max_new_tokens,
         }
 
-    def _own_scores(self, samples: Samples, step: int) -> tuple[PerToken, PerToken | None, PerToken | None]:
-        """The policy's log-probabilities before this round's first update, the values, and the full KL if priced."""
-        reuse = self.config.rollout.reuse_engine_logprobs
-        temperature = self.config.rollout.temperature
+    def _own_scores(self, samples: Samples, sampled: bool) -> tuple[PerToken, PerToken | None, PerToken | None]:
+        """The policy's log-probabilities before this round's first update, the values, and the full KL if priced.
+
+        `sampled`: the sampler's log-probabilities are the policy's, which is then not read.
+        """
         reference = self.reference if self.config.kl.estimator == "full" else None
         asked = ["logprobs", *(["values"] if self.policy.head else []), *(["full_kl"] if reference else [])]
         found: dict[str, PerToken] = {"logprobs": samples.engine_logprobs}
-        if len(asked) > 1 or not reuse or step == 0:
+        if not sampled:
 
             def scores(*rows: Tensor) -> Tensor:
-                told = score_tokens(self.policy, *rows, temperature=temperature, reference=reference)
+                told = score_tokens(
+                    self.policy, *rows, temperature=self.config.rollout.temperature, reference=reference
+                )
                 return torch.stack([getattr(told, name) for name in asked], -1)
 
             found = dict(zip(asked, _in_pieces(self.policy, samples, scores, len(asked)).unbind(-1), strict=True))
-        old, values = found["logprobs"], found.get("values")
-        if reuse and (worst := float((old - samples.engine_logprobs)[samples.response_mask].abs().amax())) > 1e-3:
-            raise EngineError(
-                f"rollout.reuse_engine_logprobs: the sampler's log-probs differ from the policy's by {worst:.1e}, above"
-                " 1e-3; set it to false (needed with bfloat16)"
-            )
+        values = found.get("values")
         if self.value is not None:
             value = self.value
             values = _in_pieces(value, samples, lambda *rows: score_values(value, *rows))
-        return old, values, found.get("full_kl")
+        return found["logprobs"], values, found.get("full_kl")
+
+    def _apart(self, samples: Samples) -> float | None:
+        """How far sampler and policy are apart on a few answers; none if the sampler's log-probs are not to be taken.
+
+        They are not where the policy is read for something else anyway. EngineError if they must be, and are too far.
+        """
+        reuse = self.config.rollout.reuse_engine_logprobs
+        wide = self.policy.backbone.model.dtype == torch.float32
+        if reuse is False or not (reuse or wide) or self.policy.head or self.config.kl.estimator == "full":
+            return None
+        few = select(samples, torch.linspace(0, len(samples.tokens) - 1, PROOF).long().unique())
+        own = logprobs_of(self.policy, few, self.config.rollout.temperature)
+        worst = float((own - few.engine_logprobs)[few.response_mask].abs().amax())
+        if worst <= ALIKE:
+            return worst
+        if reuse:
+            raise EngineError(
+                f"rollout.reuse_engine_logprobs: the sampler's log-probs differ from the policy's by {worst:.1e}, above"
+                f" {ALIKE:g}; set it to null or false (needed with bfloat16)"
+            )
+        return None
 
     def _updates(self, batch: SupervisedBatch | PreferenceBatch | Experience, step: int) -> list[list[AnyBatch]]:
         """Minibatches of rows; ranked answers to one prompt stay together. None where nothing was kept."""

@@ -6,7 +6,8 @@ Memory at its peak, in bytes, for a stage that learns:
   + weights        size of the compute type each; under adapters they are frozen and have no gradient
   + learning       16 each: a float32 weight, its gradient and AdamW's two moments
   + activations    what the backward pass keeps of the largest micro-batch: for every padded token and every layer that
-                   learns or lies above one that does, KEPT numbers for each input and output of a linear layer;
+                   learns or lies above one that does, KEPT numbers for each output of a linear layer, and for each
+                   input that models/frugal.py cannot make again;
                    a critic with weights of its own learns after the policy, so only the larger of the two counts
   + logits         LOGITS numbers for each entry of the vocabulary, for CHUNK tokens at a time
 
@@ -26,14 +27,14 @@ import torch
 
 from dressage.config import LoraConfig, TrainingConfig
 from dressage.errors import ConfigError
-from dressage.models.backbone import Backbone
-from dressage.models.lora import is_gated
+from dressage.models.backbone import Backbone, linear_shapes
+from dressage.models.frugal import is_gated
 from dressage.models.pretrained import compute_dtype, model_class, model_shape
 from dressage.monitor.memory import has_arena
 from dressage.settings import ModelConfig
 
 PROCESS_BYTES = 0.48e9
-KEPT = {True: 1.15, False: 2.0}
+KEPT = {True: 1.25, False: 3.0}
 """By whether torch's tensors lie in arena.c; what the C library keeps in between is too scattered to be used again.
 Measured by benchmarks/kept.py."""
 LOGITS, CHUNK = 3, 128
@@ -50,8 +51,8 @@ class Shape:
     """In the matrices of one decoder layer: what a token is multiplied with."""
     layer_ends: int
     """Inputs and outputs of a layer's matrices, added up: also its adapter's weights for each rank."""
-    spared: int
-    """Those that a gated layer under an adapter does not keep, as it makes them again."""
+    layer_kept: int
+    """Those of them that the backward pass does not make again: outputs, and what models/frugal.py does not know."""
     depth: int
     width: int
     vocabulary: int
@@ -101,8 +102,7 @@ class Reader:
     @property
     def kept_bytes(self) -> float:
         """Of a padded token, for the backward pass."""
-        kept = self.shape.layer_ends - (0 if self.lora is None else self.shape.spared)
-        return KEPT[has_arena()] * self.learnt * kept * self.shape.bytes_each
+        return KEPT[has_arena()] * self.learnt * self.shape.layer_kept * self.shape.bytes_each
 
 
 def memory_of(shape: Shape, frozen: int, learning: int, working: float) -> float:
@@ -145,12 +145,16 @@ def shape_of(model: ModelConfig) -> Shape:
     backbone, text = Backbone(built), config.get_text_config()
     first: Any = backbone.layers[0]
     matrices = [weight.shape for weight in first.parameters() if weight.dim() == 2]
+    ends = sum(rows + columns for rows, columns in matrices)
+    # What norms and attention hand on has the model's width.
+    made_again = sum(inputs for _, inputs in linear_shapes(first) if inputs == backbone.width)
+    made_again += sum(layer.down_proj.in_features for layer in first.modules() if is_gated(layer))
     per_head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return Shape(
         weights=sum(weight.numel() for weight in built.parameters()),
         layer_weights=sum(rows * columns for rows, columns in matrices),
-        layer_ends=sum(rows + columns for rows, columns in matrices),
-        spared=sum(2 * layer.down_proj.in_features for layer in first.modules() if is_gated(layer)),
+        layer_ends=ends,
+        layer_kept=ends - made_again,
         depth=backbone.depth,
         width=backbone.width,
         vocabulary=text.vocab_size,

@@ -39,7 +39,7 @@ class Optimizer:
             betas=config.betas,
             eps=config.epsilon,
             weight_decay=config.weight_decay,
-            foreach=True,
+            fused=True,  # nothing of the size of the weights beside them
         )
 
     def step(self, rates: Mapping[str, float]) -> float:
@@ -80,6 +80,5 @@ class Optimizer:
                 own = {key.rpartition(":")[2]: v for key, v in moments.items() if key.rpartition(":")[0] == name}
                 if own:
                     self.adamw.state[parameter] = {
-                        field: value.clone().to(parameter.device if field != "step" else "cpu")
-                        for field, value in own.items()
+                        field: value.clone().to(parameter.device) for field, value in own.items()
                     }

@@ -185,7 +185,8 @@ class Foresight:
         cut = [list(_cut(units[start : start + size // k], training)) for start in range(0, len(units), size // k)]
         # Sampling; then the reference's and, unless the engine's are taken, the policy's log-probs; then the reward.
         trunk_critic = "value" in row.roles and not own_critic
-        scored = 1 if rollout.reuse_engine_logprobs and not trunk_critic else 2
+        reuse = shape.bytes_each == 4 if rollout.reuse_engine_logprobs is None else rollout.reuse_engine_logprobs
+        scored = 1 if reuse and not trunk_critic else 2
         forward = tokens * policy.forward + new * shape.head
         flops = forward * (1 + scored) + tokens * (judging + sum(learner.forward for learner in learners[1:]))
         if row.greedy_baseline:
