@@ -15,7 +15,7 @@ PerToken = Tensor
 PerSequence = Tensor
 Scalar = Tensor
 
-Batch = TypeVar("Batch", bound="SupervisedBatch | PreferenceBatch | RatingBatch | Experience")
+Batch = TypeVar("Batch", bound="SupervisedBatch | PreferenceBatch | RatingBatch | Samples | Experience")
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,18 @@ class RatingBatch:
     rating: Ints  # [N] 1 is good, -1 bad, 0 unrelated: another prompt's answer
     ref_answer_logprobs: PerSequence | None = None  # [N] of each whole answer; None: no reference
     kl: PerSequence | None = None  # [N] the update's estimate, nats an answer, the same for all; None: not yet made
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Rollouts as tensors: B prompts with their answers, padded on the right to T."""
+
+    tokens: Ints  # [B, T] prompt, answer, padding
+    attention_mask: Mask  # [B, T] True on prompt and answer
+    response_mask: Mask  # [B, T] True on the answer
+    engine_logprobs: PerToken  # [B, T] 0 outside the answer
+    group: Ints  # [B]
+    finished: Mask  # [B] False: the engine cut the answer at its limit
 
 
 @dataclass(frozen=True)

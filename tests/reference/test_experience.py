@@ -15,9 +15,9 @@ from torch import Tensor, tensor
 from torch.testing import assert_close
 
 from dressage.algorithms.advantages import gae, group_centered, of_answers
-from dressage.batches import Experience
+from dressage.batches import Experience, Samples
 from dressage.experience.buffer import minibatches
-from dressage.experience.build import ExperienceReport, Samples, build_experience, tensors_of
+from dressage.experience.build import ExperienceReport, build_experience, tensors_of
 from dressage.schema import Completion, Finish, Prompt, Rollout
 
 END = 2

@@ -29,9 +29,9 @@ from dressage.algorithms.policy_gradient import (
     unclipped,
     weighted_likelihood,
 )
-from dressage.batches import Experience, TokenScores
+from dressage.batches import Experience, Samples, TokenScores
 from dressage.errors import ConfigError
-from dressage.experience.build import Samples, build_experience, earned, unlike
+from dressage.experience.build import build_experience, earned, unlike
 from dressage.recipe import recipes
 
 ONLINE = [name for name, row in ALGORITHMS.items() if row.advantage is not None]

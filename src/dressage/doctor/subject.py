@@ -19,7 +19,7 @@ from torch import Tensor
 from dressage import assemble, assemble_rewards
 from dressage.algorithms.catalog import Algorithm, algorithm
 from dressage.algorithms.policy_gradient import PolicyGradientSettings
-from dressage.batches import Experience
+from dressage.batches import Experience, Samples
 from dressage.config import DataConfig, DpoConfig, LoraConfig, PpoConfig, RewardConfig, SftConfig
 from dressage.data.prepare import (
     Prepared,
@@ -31,7 +31,7 @@ from dressage.data.prepare import (
 from dressage.data.sources import Loaded, read_demonstrations, read_prompts, read_rankings, read_ratings
 from dressage.data.template import ChatTemplate, Encoded
 from dressage.errors import ConfigError
-from dressage.experience.build import Samples, build_experience, tensors_of
+from dressage.experience.build import build_experience, tensors_of
 from dressage.models.backbone import Backbone
 from dressage.models.files import add_saved_adapter, load_backbone, saved_model
 from dressage.models.pretrained import ROLE_FILE, lineage

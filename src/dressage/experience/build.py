@@ -11,21 +11,9 @@ from torch import Tensor
 
 from dressage.algorithms.advantages import Advantage, actor_critic
 from dressage.algorithms.kl import k1
-from dressage.batches import Experience, Ints, Mask, PerSequence, PerToken
+from dressage.batches import Experience, Ints, Mask, PerSequence, PerToken, Samples
 from dressage.schema import Rollout
 from dressage.tensors import group_mean, masked_mean, masked_var, pad_right, whiten
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Rollouts as tensors: B prompts with their answers, padded on the right to T."""
-
-    tokens: Ints  # [B, T] prompt, answer, padding
-    attention_mask: Mask  # [B, T] True on prompt and answer
-    response_mask: Mask  # [B, T] True on the answer
-    engine_logprobs: PerToken  # [B, T] 0 outside the answer
-    group: Ints  # [B]
-    finished: Mask  # [B] False: the engine cut the answer at its limit
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ from dressage.batches import (
     PerToken,
     PreferenceBatch,
     RatingBatch,
+    Samples,
     SupervisedBatch,
     select,
 )
@@ -29,7 +30,7 @@ from dressage.data.order import batch_indices
 from dressage.data.template import ChatTemplate, Encoded
 from dressage.errors import EngineError
 from dressage.experience.buffer import minibatches
-from dressage.experience.build import ExperienceReport, Samples, build_experience, earned, tensors_of, unlike
+from dressage.experience.build import ExperienceReport, build_experience, earned, tensors_of, unlike
 from dressage.models.reading import new_trunk, reads_trees
 from dressage.models.roles import Role
 from dressage.models.scoring import score_tokens, score_values
