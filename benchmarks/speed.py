@@ -31,14 +31,13 @@ PROMPTS, NEW, GROUP, ROWS = 16, 64, 8, 8
 BATCHES = (1, 8, 16, 32, 64, 128)
 WORKS = ("ppo", "grpo", "sft", "reward", "dpo", "sampling")
 DATA = {"ppo": "ppo", "grpo": "grpo", "sft": "sft", "reward": "pairs", "dpo": "pairs"}
-ENGINE_LOGPROBS = "rollout.reuse_engine_logprobs=true"
 PPO: Mapping[str, Sequence[str]] = {
     "ours, LoRA": (),
-    "ours, LoRA, within 1.6 GB": (ENGINE_LOGPROBS, "training.memory_gb=1.6"),
+    "ours, LoRA, within 1.6 GB": ("training.memory_gb=1.6",),
     "ours, LoRA, critic on the policy's trunk": ("value.start=zero",),
     "ours, LoRA, critic on the policy's trunk, within 1.6 GB": ("value.start=zero", "training.memory_gb=1.6"),
 }
-GRPO: Mapping[str, Sequence[str]] = {"ours, LoRA": (), "ours, LoRA, the engine's log-probs": (ENGINE_LOGPROBS,)}
+GRPO: Mapping[str, Sequence[str]] = {"ours, LoRA": ()}
 WEIGHTS = ("LoRA", "all weights")
 OFFLINE: Mapping[str, Sequence[str]] = {"ours, LoRA": (), "ours, all weights": ("lora=null",)}
 """By name, what differs from the settings that a run has without saying."""

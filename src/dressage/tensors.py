@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,23 +20,55 @@ def token_logprobs(
     bias: Tensor | None = None,
     chunk: int = 128,
     with_entropy: bool = False,
+    later: Later | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probability of each row's target under softmax((hidden @ weight.T + bias) / temperature), and the entropy.
 
     hidden [N, H], weight [V, H], targets [N], bias [V] -> log-probs [N] and entropy [N] in nats, both at least fp32
-    and both differentiable. No more than `chunk` rows of logits exist at once, forward or backward.
+    and both differentiable. No more than `chunk` rows of logits exist at once, forward or backward. `later`: what
+    `taken_later` gave with this weight.
     """
     logprobs, entropy = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
-        hidden.to(weight.dtype), weight, bias, targets, temperature, chunk, with_entropy
+        hidden.to(weight.dtype), weight, bias, targets, temperature, chunk, with_entropy, later
     )
     return logprobs, entropy if with_entropy else None
 
 
-class _TokenLogprobs(torch.autograd.Function):
-    """Keeps log-normalisers instead of logits, and multiplies again on the way back.
+Later = list[Callable[[], Tensor]]
+"""How a weight's gradient will be taken, once that is known."""
 
-    If the weight is frozen, as under adapters, not even that: a row's slope is then known up to the incoming gradient,
-    a number, so it is taken while the forward pass holds the probabilities.
+
+def taken_later(weight: Tensor) -> tuple[Tensor, Later | None]:
+    """The same weight, whose gradient is taken at the end of the backward pass: not as large as it beside all that the
+    layers have kept.
+
+    To be called before the layers are: autograd goes back through what was done first at last.
+    """
+    if not (weight.requires_grad and torch.is_grad_enabled()):
+        return weight, None
+    later: Later = []
+    same: Tensor = _TakenLater.apply(weight, later)  # type: ignore[no-untyped-call]
+    return same, later
+
+
+class _TakenLater(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, later: Later) -> Tensor:
+        ctx.later = later
+        return weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
+        (take,) = ctx.later
+        return take(), None
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """Keeps log-normalisers instead of logits, and multiplies again on the way back for the weight's gradient.
+
+    The states' is known up to the incoming gradient of the log-probability, a number, while the forward pass holds the
+    probabilities, and is taken there: under adapters nothing is multiplied again.
     """
 
     @staticmethod
@@ -49,12 +81,12 @@ class _TokenLogprobs(torch.autograd.Function):
         temperature: float,
         chunk: int,
         with_entropy: bool,
+        later: Later | None,
     ) -> tuple[Tensor, Tensor]:
         rows = hidden.shape[0]
         normaliser = hidden.new_empty(rows, dtype=_softmax_dtype(hidden))
         logprobs, entropy = torch.empty_like(normaliser), torch.zeros_like(normaliser)
-        only_hidden = ctx.needs_input_grad[0] and not any(ctx.needs_input_grad[1:3])
-        slope = torch.empty_like(hidden) if only_hidden else None
+        slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, rows, chunk):
             part = slice(start, start + chunk)
             logits = _logits(hidden[part], weight, bias, temperature)
@@ -69,7 +101,7 @@ class _TokenLogprobs(torch.autograd.Function):
             if slope is not None:
                 slope[part] = (weight[targets[part]] - probs.to(weight.dtype) @ weight) / temperature
         ctx.save_for_backward(hidden, weight, bias, targets, normaliser, entropy, slope)
-        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.temperature, ctx.chunk, ctx.later = temperature, chunk, later
         ctx.set_materialize_grads(False)
         return logprobs, entropy
 
@@ -78,40 +110,45 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx: Any, of_logprobs: Tensor | None, of_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, normaliser, entropy, slope = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        exact = normaliser.dtype
         if of_logprobs is None:
             of_logprobs = torch.zeros_like(normaliser)
+
+        def of_logits() -> Iterator[tuple[slice, Tensor]]:
+            for start in range(0, hidden.shape[0], ctx.chunk):
+                part = slice(start, start + ctx.chunk)
+                logp = _logits(hidden[part], weight, bias, ctx.temperature).sub_(normaliser[part, None])
+                # d logprob / d logits = onehot - p;  d entropy / d logits = -p (log p + entropy).
+                if of_entropy is None:
+                    grad = logp.exp_().mul_(-of_logprobs[part, None])
+                else:
+                    probs = logp.exp()
+                    grad = logp.add_(entropy[part, None]).mul_(-of_entropy[part, None]).sub_(of_logprobs[part, None])
+                    grad.mul_(probs)
+                grad.scatter_add_(-1, targets[part, None], of_logprobs[part, None])
+                yield part, grad if ctx.temperature == 1.0 else grad.div_(ctx.temperature)
+
+        def take_weight() -> Tensor:
+            taken = torch.zeros_like(weight, dtype=exact)
+            for part, grad in of_logits():
+                _add_product(taken, grad.to(weight.dtype).T, hidden[part])
+            return taken.to(weight.dtype)
+
+        of_hidden = of_bias = of_weight = None
         if slope is not None and of_entropy is None:
-            return (of_logprobs[:, None] * slope).to(hidden.dtype), *[None] * 6
-        exact = normaliser.dtype
-        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=exact) if needs_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=exact) if needs_bias else None
-        for start in range(0, hidden.shape[0], ctx.chunk):
-            part = slice(start, start + ctx.chunk)
-            logp = _logits(hidden[part], weight, bias, ctx.temperature).sub_(normaliser[part, None])
-            # d logprob / d logits = onehot - p;  d entropy / d logits = -p (log p + entropy).
-            if of_entropy is None:
-                grad = logp.exp_().mul_(-of_logprobs[part, None])
-            else:
-                probs = logp.exp()
-                grad = logp.add_(entropy[part, None]).mul_(-of_entropy[part, None]).sub_(of_logprobs[part, None])
-                grad.mul_(probs)
-            grad.scatter_add_(-1, targets[part, None], of_logprobs[part, None])
-            if ctx.temperature != 1.0:
-                grad /= ctx.temperature
-            narrow = grad.to(weight.dtype)
-            if grad_hidden is not None:
-                grad_hidden[part] = narrow @ weight
-            if grad_weight is not None:
-                _add_product(grad_weight, narrow.T, hidden[part])
-            if grad_bias is not None:
-                grad_bias += grad.sum(0)
-        return (
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None else grad_bias.to(bias.dtype),
-            *[None] * 4,
-        )
+            of_hidden = (of_logprobs[:, None] * slope).to(hidden.dtype)
+        elif needs_hidden:
+            of_hidden = torch.empty_like(hidden)
+            for part, grad in of_logits():
+                of_hidden[part] = grad.to(weight.dtype) @ weight
+        if needs_bias:
+            of_bias = sum((grad.sum(0) for _, grad in of_logits()), torch.zeros_like(bias, dtype=exact)).to(bias.dtype)
+        if needs_weight and ctx.later is None:
+            of_weight = take_weight()
+        elif needs_weight:
+            ctx.later[:] = [take_weight]
+            of_weight = weight.new_zeros(()).expand_as(weight)  # autograd wants one, and this takes no room
+        return of_hidden, of_weight, of_bias, *[None] * 5
 
 
 def _add_product(to: Tensor, left: Tensor, right: Tensor) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, tensor
 from torch.testing import assert_close
 
-from dressage.tensors import full_kl, token_logprobs
+from dressage.tensors import full_kl, taken_later, token_logprobs
 
 
 def plain(
@@ -67,6 +67,32 @@ def test_a_frozen_weight_gives_the_same_gradient_of_hidden(of: str) -> None:
         rtol=0,
         atol=1e-12,
     )
+
+
+@pytest.mark.parametrize("postponed", [True, False])
+def test_a_weights_gradient_may_be_taken_after_the_layers(postponed: bool) -> None:
+    """The weight is an embedding's too, as tied ones are; asked twice, the answer is the same."""
+    _, weight, targets, _ = model(7)
+    weight.requires_grad_()
+    same, later = taken_later(weight) if postponed else (weight, None)
+    hidden = weight[targets].sin()
+    ours, _ = token_logprobs(hidden, same, targets.flip(0), chunk=3, later=later)
+    expected, _ = plain(weight[targets].sin(), weight, targets.flip(0), 1.0, None)
+    (gradient,) = torch.autograd.grad(expected.square().sum(), weight)
+    for _ in range(2):
+        found = torch.autograd.grad(ours.square().sum(), [weight, hidden], retain_graph=True)
+        assert_close(found[0], gradient, rtol=0, atol=1e-12)
+        torch.autograd.grad(ours.sum(), hidden, retain_graph=True)
+    with torch.no_grad():
+        assert taken_later(weight) == (weight, None)
+
+    order: list[str] = []
+    other = torch.randn(11, 5, dtype=torch.float64, requires_grad=True)
+    same, later = taken_later(weight) if postponed else (weight, None)
+    other.register_hook(lambda _: order.append("layers"))
+    weight.register_hook(lambda _: order.append("weight"))
+    token_logprobs(other.sin(), same, torch.arange(11), later=later)[0].sum().backward()
+    assert order == (["layers", "weight"] if postponed else ["weight", "layers"])
 
 
 def test_gradients_are_finite_differences() -> None:

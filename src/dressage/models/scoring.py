@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dressage.batches import Ints, Mask, PerSequence, PerToken, TokenScores
 from dressage.models.roles import Role
-from dressage.tensors import full_kl, token_logprobs
+from dressage.tensors import full_kl, taken_later, token_logprobs
 
 
 def score_tokens(
@@ -25,10 +25,17 @@ def score_tokens(
     All arguments and results are [B, T]; logits exist for wanted positions only, a chunk at a time. The first token of
     a row has nothing before it and cannot be wanted. With a `reference`, also the KL of its whole distributions.
     """
-    hidden, targets = _before(role.hidden(tokens, attention_mask), wanted), tokens[:, 1:][wanted[:, 1:]]
     head = role.backbone.model.get_output_embeddings()
+    weight, later = taken_later(head.weight)
+    hidden, targets = _before(role.hidden(tokens, attention_mask), wanted), tokens[:, 1:][wanted[:, 1:]]
     logprobs, entropies = token_logprobs(
-        hidden, head.weight, targets, temperature=temperature, bias=getattr(head, "bias", None), with_entropy=entropy
+        hidden,
+        weight,
+        targets,
+        temperature=temperature,
+        bias=getattr(head, "bias", None),
+        with_entropy=entropy,
+        later=later,
     )
     return TokenScores(
         logprobs=_placed(logprobs, wanted),

@@ -13,7 +13,7 @@ import torch
 
 from dressage.config import TrainingConfig
 from dressage.errors import CheckpointError, HealthError
-from dressage.monitor.memory import rss_gb
+from dressage.monitor.memory import give_back_memory, rss_gb
 from dressage.monitor.metrics import declared
 from dressage.monitor.watch import Watch, told
 from dressage.monitor.writers import Monitor, read_metrics
@@ -86,6 +86,7 @@ def train(
     `watch` makes the judge of its numbers, from those of the attempts before. CheckpointError if the checkpoints in
     `folder` belong to other settings; HealthError if the run's numbers say that it should end.
     """
+    give_back_memory()  # what loading took
     start, before = _resume(source, learner, folder, settings_hash, config.keep_checkpoints)
     began = time.perf_counter()
     with open_monitor(start, before) as monitor:
