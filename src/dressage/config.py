@@ -58,7 +58,8 @@ class TrainingConfig(Settings):
     batch_size: Positive = 16
     """Records in one update (PPO takes rollout.prompts_per_step instead)."""
     micro_batch_tokens: Positive = 1024
-    """Padded tokens that go through the model at once: less is slower and smaller in memory, the result is the same."""
+    """Padded tokens that go through the model at once (what answers to one prompt share counts once): less is slower
+    and smaller in memory, the result is the same."""
     memory_gb: Above0 | None = None
     """Most memory the run should take, in GB: `micro_batch_tokens` then follows from it. None: it is as it is set."""
     checkpoint_every: Natural = 20
@@ -107,8 +108,8 @@ class RolloutConfig(Settings):
     """Answers decoded at once."""
     reuse_engine_logprobs: bool | None = None
     """Take the sampler's log-probs for the policy's own, where nothing else is asked of it: a reading less. In each
-    round two answers show first that both agree to 1e-3; where they do not, true is an error. None: in float32 so, and
-    where they do not agree, or in bfloat16, all answers are read."""
+    round the shortest answer shows first that both agree to 1e-3, and the first update that all do; where they do not,
+    true is an error. None: in float32 so, and where they do not agree, or in bfloat16, all answers are read."""
 
     @model_validator(mode="after")
     def _what_is_trained_is_what_is_sampled(self) -> RolloutConfig:

@@ -52,6 +52,8 @@ def taken_later(weight: Tensor) -> tuple[Tensor, Later | None]:
 
 
 class _TakenLater(torch.autograd.Function):
+    """The identity; its gradient is what was left for it, whatever comes in."""
+
     @staticmethod
     def forward(ctx: Any, weight: Tensor, later: Later) -> Tensor:
         ctx.later = later
@@ -60,8 +62,7 @@ class _TakenLater(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
-        (take,) = ctx.later
-        return take(), None
+        return ctx.later.pop()(), None
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -109,6 +110,7 @@ class _TokenLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, of_logprobs: Tensor | None, of_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, normaliser, entropy, slope = ctx.saved_tensors
+        hidden, weight = hidden.detach(), weight.detach()  # what is taken later holds no graph
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         exact = normaliser.dtype
         if of_logprobs is None:
@@ -229,6 +231,16 @@ def group_size(group: Tensor) -> Tensor:
     """For every one of the [B] members how many its group has."""
     index = _group_index(group)
     return index.bincount()[index]
+
+
+def shared_beginning(tokens: Tensor, mask: Tensor, group: Tensor) -> Tensor:
+    """With how many first tokens each of the rows [B, T], padded on the right, begins as all of its group do: [B]."""
+    shared = torch.zeros(len(tokens), dtype=torch.int64)
+    for member in group.unique():
+        rows = (group == member).nonzero()[:, 0]
+        alike = (tokens[rows] == tokens[rows[0]]).all(0) & mask[rows].bool().all(0)
+        shared[rows.cpu()] = int(alike.long().cumprod(0).sum())
+    return shared
 
 
 def _group_index(group: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from dressage.models.backbone import Backbone
 from dressage.models.reading import Trunk, new_trunk, read, reads_trees, tree_of
 from dressage.models.roles import Role, ScalarHead
 from dressage.models.scoring import score_sequences, score_tokens
+from dressage.tensors import shared_beginning
 
 SMALL: dict[str, Any] = {"vocab_size": 61, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 WIDE: dict[str, Any] = SMALL | {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -274,8 +275,21 @@ def test_answers_to_one_prompt_are_cut_beside_each_other() -> None:
     assert length_sorted_chunks(lengths, 27, beside=prompts) == [[1, 4, 0], [3, 2]]
     # 16, 10 and 9 padded tokens.
     assert length_sorted_chunks(lengths, 18) == [[4, 0], [2, 3], [1]]
+    # What a prompt's answers share counts once, but for the quarter that attention keeps: 6 of a's 9 and 8 tokens are
+    # one prompt, so they take 18/4 + (6 + 3 + 2) * 3/4 = 12.75; with b's, which share nothing, 27/4 + 18 * 3/4 = 20.25.
+    shared = [0, 6, 5, 0, 6]
+    assert length_sorted_chunks(lengths, 13, beside=prompts, shared=shared) == [[1, 4], [0, 3], [2]]
+    assert length_sorted_chunks(lengths, 20, beside=prompts, shared=shared) == [[1, 4], [0, 3, 2]]
+    assert length_sorted_chunks(lengths, 21, beside=prompts, shared=shared) == [[1, 4, 0], [3, 2]]
     # A longer row that follows shorter ones counts.
     assert length_sorted_chunks([2, 9, 2, 8], 18, beside=["a", "a", "a", "b"]) == [[1, 0], [2, 3]]
+
+
+def test_what_a_group_begins_with() -> None:
+    tokens = torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0], [1, 2, 7, 0], [1, 2, 3, 0], [5, 6, 0, 0]])
+    real = tokens > 0
+    assert shared_beginning(tokens, real, torch.tensor([0, 1, 0, 0, 2])).tolist() == [2, 2, 2, 2, 2]
+    assert shared_beginning(tokens, real, torch.tensor([0, 1, 1, 0, 2])).tolist() == [3, 0, 0, 3, 2]
 
 
 def test_a_tree_may_be_read_up_to_a_layer() -> None:

@@ -7,6 +7,9 @@ from bisect import bisect_left
 from collections.abc import Hashable, Sequence
 from functools import lru_cache
 
+IN_ATTENTION = 0.25
+"""Of what a token keeps for the backward pass, by count in a layer of Llama's: for attention texts lie side by side."""
+
 
 def steps_per_epoch(n_rows: int, batch_size: int) -> int:
     """Batches in which every row is seen once, the last perhaps short."""
@@ -33,13 +36,15 @@ def length_sorted_chunks(
     max_tokens: int,
     group: Sequence[Hashable] | None = None,
     beside: Sequence[Hashable] | None = None,
+    shared: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Cut a batch into micro-batches of at most `max_tokens` padded tokens (rows x longest), like lengths together.
 
     No more of them than that takes, and as even as so many can be: the largest is what memory has to hold, and comes
     first, when there are no gradients yet. Rows of one `group` stay together, in their order. A row or group that is
     over the budget by itself is a micro-batch by itself. Rows that are equal in `beside` follow each other, and are cut
-    apart where the budget ends, however uneven that is. Returns row indices; every row is in exactly one list.
+    apart where the budget ends, however uneven that is; what each of them has `shared` with the others, so many tokens,
+    counts once but in attention. Returns row indices; every row is in exactly one list.
     """
     together: dict[Hashable, list[int]] = {}
     for row, _ in enumerate(lengths):
@@ -52,16 +57,21 @@ def length_sorted_chunks(
             place.setdefault(beside[rows[0]], len(place))
         units.sort(key=lambda unit: place[beside[unit[1][0]]])
 
+    def size(rows: Sequence[int]) -> float:
+        padded = len(rows) * max(lengths[row] for row in rows)
+        if shared is None or beside is None:
+            return padded
+        once = {beside[row]: shared[row] for row in rows}
+        distinct = sum(lengths[row] - shared[row] for row in rows) + sum(once.values())
+        return IN_ATTENTION * padded + (1 - IN_ATTENTION) * distinct
+
     def cut(budget: int) -> list[list[int]]:
         chunks: list[list[int]] = []
-        longest = 0
-        for length, rows in units:
-            if chunks and max(longest, length) * (len(chunks[-1]) + len(rows)) <= budget:
+        for _, rows in units:
+            if chunks and size([*chunks[-1], *rows]) <= budget:
                 chunks[-1] += rows
-                longest = max(longest, length)
             else:
                 chunks.append(list(rows))
-                longest = length
         return chunks
 
     chunks = cut(max_tokens)
@@ -69,4 +79,4 @@ def length_sorted_chunks(
         return chunks  # evener ones would part more of what is to stay together
     fewest = len(chunks)
     chunks = cut(bisect_left(range(max_tokens), True, key=lambda budget: len(cut(budget)) <= fewest))
-    return sorted(chunks, key=lambda rows: -len(rows) * max(lengths[row] for row in rows))
+    return sorted(chunks, key=size, reverse=True)

@@ -284,8 +284,8 @@ _TABLE = (
     Metric(
         "engine/max_logprob_difference",
         "nats",
-        "Largest difference between a token's log-probability as sampled and as recomputed for learning (on two "
-        "answers where the sampler's are then taken).",
+        "Largest difference between a token's log-probability as sampled and as recomputed for learning (of one "
+        "answer, where the sampler's are then taken).",
         "below 0.001 in float32",
         decimals=6,
     ),

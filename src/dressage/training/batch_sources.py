@@ -52,9 +52,8 @@ TRUNK_BYTES = 256 << 20
 """Kept at most of what the layers below every adapter make of a round's answers."""
 SHOWN = 2
 """Answers a round that are shown."""
-PROOF, ALIKE = 2, 1e-3
-"""Answers a round on which sampler and policy are compared before the sampler's log-probs are taken, and how far they
-may be apart, in nats."""
+ALIKE = 1e-3
+"""How far apart sampler and policy may be, in nats, where the sampler's log-probs are taken."""
 
 
 class DatasetSource(Generic[Row]):
@@ -326,17 +325,18 @@ class RolloutSource:
         return found["logprobs"], values, found.get("full_kl")
 
     def _apart(self, samples: Samples) -> float | None:
-        """How far sampler and policy are apart on a few answers; none if the sampler's log-probs are not to be taken.
+        """How far sampler and policy are apart on one answer; none if the sampler's log-probs are not to be taken.
 
         They are not where the policy is read for something else anyway. EngineError if they must be, and are too far.
+        All answers are compared when they are first learnt from (ratio/first_max_error).
         """
         reuse = self.config.rollout.reuse_engine_logprobs
         wide = self.policy.backbone.model.dtype == torch.float32
         if reuse is False or not (reuse or wide) or self.policy.head or self.config.kl.estimator == "full":
             return None
-        few = select(samples, torch.linspace(0, len(samples.tokens) - 1, PROOF).long().unique())
-        own = logprobs_of(self.policy, few, self.config.rollout.temperature)
-        worst = float((own - few.engine_logprobs)[few.response_mask].abs().amax())
+        shortest = select(samples, samples.attention_mask.sum(-1).argmin()[None])
+        own = logprobs_of(self.policy, shortest, self.config.rollout.temperature)
+        worst = float((own - shortest.engine_logprobs)[shortest.response_mask].abs().amax())
         if worst <= ALIKE:
             return worst
         if reuse:
@@ -380,8 +380,8 @@ def logprobs_of(role: Role, samples: Samples, temperature: float) -> PerToken:
 def _in_pieces(role: Role, samples: Samples, score: Callable[[Tensor, Mask, Mask], Tensor], *kinds: int) -> Tensor:
     result = torch.zeros(*samples.tokens.shape, *kinds)
     with torch.no_grad():
-        beside = samples.group if reads_trees(role.backbone) else None
-        for rows in pieces(samples.attention_mask, SCORING_TOKENS, beside=beside):
+        answers = samples if reads_trees(role.backbone) else None
+        for rows in pieces(samples.attention_mask, SCORING_TOKENS, answers=answers):
             width = int(samples.attention_mask[rows].sum(-1).amax())
             fields = (samples.tokens, samples.attention_mask, samples.response_mask)
             tokens, mask, wanted = (field[rows, :width].to(role.backbone.device) for field in fields)

@@ -29,6 +29,7 @@ from dressage.batches import (
     PerToken,
     PreferenceBatch,
     RatingBatch,
+    Samples,
     SupervisedBatch,
     TokenScores,
     select,
@@ -39,6 +40,7 @@ from dressage.data.order import length_sorted_chunks
 from dressage.models.reading import reads_trees
 from dressage.models.roles import Role
 from dressage.models.scoring import score_sequences, score_tokens, score_values
+from dressage.tensors import shared_beginning
 from dressage.training.optimizer import Optimizer
 from dressage.training.trust_region import bounded_step
 
@@ -253,9 +255,9 @@ class Learner:
         )
 
     def _pieces(self, batch: Batch, by: Tensor | None = None) -> Iterator[Batch]:
-        """Micro-batches of at most `micro_batch_tokens` padded tokens, rows of like length together, groups whole."""
-        beside = batch.group if isinstance(batch, Experience) and reads_trees(self.policy.backbone) else None
-        for rows in pieces(batch.attention_mask, self.micro_batch_tokens, by, beside):
+        """Micro-batches of at most `micro_batch_tokens`, rows of like length together, groups whole."""
+        answers = batch if isinstance(batch, Experience) and reads_trees(self.policy.backbone) else None
+        for rows in pieces(batch.attention_mask, self.micro_batch_tokens, by, answers):
             yield trimmed(to_device(select(batch, rows), self.policy.backbone.device))
 
 
@@ -280,14 +282,19 @@ def _added(pieces: Iterable[Sums]) -> Sums:
 
 
 def pieces(
-    attention_mask: Mask, max_tokens: int, by: Tensor | None = None, beside: Tensor | None = None
+    attention_mask: Mask, max_tokens: int, by: Tensor | None = None, answers: Experience | Samples | None = None
 ) -> Iterator[Tensor]:
     """Row indices of micro-batches of at most so many padded tokens.
 
-    Rows with equal `by` stay together; those with equal `beside` too, as far as the budget goes.
+    Rows with equal `by` stay together. `answers`, whose mask it is, are read as a tree: those to one prompt stay
+    together as far as the budget goes, and what they all begin with counts once.
     """
-    lengths, *kinds = ([] if kind is None else kind.tolist() for kind in (attention_mask.sum(-1), by, beside))
-    for rows in length_sorted_chunks(lengths, max_tokens, *(kind or None for kind in kinds)):
+    lengths, kinds = attention_mask.sum(-1).tolist(), None if by is None else by.tolist()
+    beside = shared = None
+    if answers is not None:
+        beside = answers.group.tolist()
+        shared = shared_beginning(answers.tokens, attention_mask, answers.group).tolist()
+    for rows in length_sorted_chunks(lengths, max_tokens, kinds, beside, shared):
         yield torch.tensor(rows)
 
 
