@@ -69,7 +69,7 @@ class _TokenLogprobs(torch.autograd.Function):
     """Keeps log-normalisers instead of logits, and multiplies again on the way back for the weight's gradient.
 
     The states' is known up to the incoming gradient of the log-probability, a number, while the forward pass holds the
-    probabilities, and is taken there: under adapters nothing is multiplied again.
+    probabilities, and is taken there: under adapters nothing is multiplied again, unless entropy is learnt from.
     """
 
     @staticmethod

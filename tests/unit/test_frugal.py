@@ -137,6 +137,9 @@ def test_what_computes_something_else_stays_as_it_is() -> None:
     clamped = model.model.layers[0].mlp = Clamped(model.model.layers[0].mlp)
     parts = {module for module, _ in backbone_of(model).frugal_parts}
     assert clamped not in parts and model.model.layers[1].mlp in parts
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setattr(Clamped, "forward", lambda layer, x, routed: x)
+        assert clamped not in {module for module, _ in frugal_parts(model.model.layers)}  # nor one that stumbles
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2))
     assert [type(module) for module, _ in frugal_parts(backbone_of(gpt2).layers)] == [nn.LayerNorm] * 2
 

@@ -57,26 +57,34 @@ def length_sorted_chunks(
             place.setdefault(beside[rows[0]], len(place))
         units.sort(key=lambda unit: place[beside[unit[1][0]]])
 
-    def size(rows: Sequence[int]) -> float:
-        padded = len(rows) * max(lengths[row] for row in rows)
-        if shared is None or beside is None:
-            return padded
-        once = {beside[row]: shared[row] for row in rows}
-        distinct = sum(lengths[row] - shared[row] for row in rows) + sum(once.values())
-        return IN_ATTENTION * padded + (1 - IN_ATTENTION) * distinct
+    def size(longest: int, count: int, distinct: int) -> float:
+        padded = longest * count
+        return padded if shared is None else IN_ATTENTION * padded + (1 - IN_ATTENTION) * distinct
 
-    def cut(budget: int) -> list[list[int]]:
-        chunks: list[list[int]] = []
-        for _, rows in units:
-            if chunks and size([*chunks[-1], *rows]) <= budget:
-                chunks[-1] += rows
+    def cut(budget: int) -> list[tuple[float, list[int]]]:
+        chunks: list[tuple[float, list[int]]] = []
+        longest = distinct = 0
+        before: Hashable = None  # whose row the last one is: those of one kind follow each other
+        for length, rows in units:
+            kind = None if beside is None else beside[rows[0]]
+            alone = sum(lengths[row] for row in rows)
+            known = shared[rows[0]] if shared is not None and kind == before else 0
+            here = chunks[-1][1] if chunks else []
+            larger = size(max(longest, length), len(here) + len(rows), distinct + alone - known)
+            if here and larger <= budget:
+                longest, distinct = max(longest, length), distinct + alone - known
+                here += rows
+                chunks[-1] = larger, here
             else:
-                chunks.append(list(rows))
+                longest, distinct = length, alone
+                chunks.append((size(length, len(rows), alone), list(rows)))
+            before = kind
         return chunks
 
     chunks = cut(max_tokens)
-    if beside is not None and len(set(beside)) < len(beside):
-        return chunks  # evener ones would part more of what is to stay together
-    fewest = len(chunks)
-    chunks = cut(bisect_left(range(max_tokens), True, key=lambda budget: len(cut(budget)) <= fewest))
-    return sorted(chunks, key=size, reverse=True)
+    if beside is None or len(set(beside)) == len(beside):
+        fewest = len(chunks)
+        chunks = cut(bisect_left(range(max_tokens), True, key=lambda budget: len(cut(budget)) <= fewest))
+        chunks.sort(key=lambda chunk: -chunk[0])
+    # Else evener ones would part more of what is to stay together.
+    return [rows for _, rows in chunks]
